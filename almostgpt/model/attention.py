@@ -1,0 +1,52 @@
+"""Causal self-attention: (B, T, n_embd) → (B, T, n_embd)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from almostgpt import kernels
+from almostgpt.config import GPTConfig
+from almostgpt.model.position import Position
+
+
+class Cache(Protocol):
+    """What attention and the model need of a key/value cache (``almostgpt.inference.cache``)."""
+
+    length: int  # tokens already in it
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new k and v of a layer; returns all of that layer's, the new ones last."""
+
+    def advance(self, tokens: int) -> None:
+        """Called once a forward pass, when every layer has stored its tokens."""
+
+
+class FullAttention(nn.Module):
+    """Every token attends to itself and all before it, with MHA, GQA or MQA by ``n_kv_head``.
+
+    Queries, keys and values come from one projection and are read in place as strided views.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.head_dim = config.head_dim
+        width = config.n_head * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, position: Position, start: int, cache: Cache | None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split(self.heads, dim=1)
+        q, k = position.rotate(q, k, start)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = kernels.flash_attention(q, k, v, causal=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+ATTENTIONS = {"full": FullAttention}

@@ -1,0 +1,158 @@
+"""The GPT: embeddings, blocks, a final norm and the output projection."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from almostgpt.config import GPTConfig, model_problems, not_one_of, resolve_model
+from almostgpt.errors import UserError
+from almostgpt.model.attention import ATTENTIONS, Cache
+from almostgpt.model.block import Block
+from almostgpt.model.feedforward import FEEDFORWARDS
+from almostgpt.model.norm import NORMS
+from almostgpt.model.position import POSITIONS
+from almostgpt.model.presets import MODEL_PRESETS
+
+PARTS = {
+    "norm": NORMS,
+    "feedforward": FEEDFORWARDS,
+    "position": POSITIONS,
+    "attention": ATTENTIONS,
+}
+
+
+def part_problems(config: GPTConfig) -> list[str]:
+    """Selectors that name no known part, each as ``model.key is …``."""
+    return [
+        f"model.{kind} is {not_one_of(getattr(config, kind), parts)}"
+        for kind, parts in PARTS.items()
+        if getattr(config, kind) not in parts
+    ]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with the parts that ``config`` names.
+
+    Raises:
+        UserError: sizes that do not fit together or unknown parts, all of them in one message.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        problems = model_problems(config) + part_problems(config)
+        if config.vocab_size is None:
+            problems.append("model.vocab_size is not set: give the number of token ids")
+        if problems:
+            raise UserError("the model cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
+        self.config = config = resolve_model(config)
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.position = POSITIONS[config.position](config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = NORMS[config.norm](config)
+        if not config.tie_weights:
+            self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self._initialise()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> GPT:
+        """A freshly initialised model by name (``tiny`` … ``gpt2-xl``); ``overrides`` are GPTConfig fields."""
+        if name not in MODEL_PRESETS:
+            raise UserError(f"the preset is {not_one_of(name, MODEL_PRESETS)}")
+        return cls(GPTConfig(**{**MODEL_PRESETS[name], **overrides}))
+
+    def _initialise(self) -> None:
+        """GPT-2's: N(0, 0.02) for matrices, the projections into the residual stream scaled by 1/√(2·n_layer).
+
+        Each block adds twice to the stream; the scaling keeps its variance independent of the depth.
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                into_stream = name.endswith(("attention.out.weight", "feedforward.down.weight"))
+                nn.init.normal_(parameter, std=residual_std if into_stream else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(padded_vocab_size, n_embd): the embedding when tied, else the head's own."""
+        return self.token_embedding.weight if self.config.tie_weights else self.head.weight
+
+    def num_parameters(self) -> int:
+        """Trained values, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        all_logits: bool = False,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits, or the loss when targets are given.
+
+        Args:
+            ids: (B, T) int64, every value in [0, vocab_size). They are checked where they enter (loader,
+                tokenizer, ``generate``), not here: a check would cost every step a device sync.
+            targets: (B, T) int64, the id that follows each position; −1 is ignored.
+            all_logits: logits of every position instead of the last one.
+            cache: keys and values of the tokens before ``ids``; the new ones are appended.
+
+        Returns:
+            ``(logits, None)`` with logits (B, 1, vocab_size), or (B, T, vocab_size) with ``all_logits``;
+            with targets ``(None, loss)``, the mean cross-entropy in nats.
+
+        Raises:
+            UserError: more tokens than ``block_size``, or shapes that do not fit.
+        """
+        if ids.dim() != 2:
+            raise UserError(f"ids must have the shape (batch, tokens), not {tuple(ids.shape)}")
+        start = 0 if cache is None else cache.length
+        T = ids.shape[1]
+        if start + T > self.config.block_size:
+            cached = f" after {start} cached ones" if start else ""
+            raise UserError(
+                f"{T} tokens{cached} are more than the model's block_size of {self.config.block_size}: "
+                "shorten the sequence"
+            )
+        x = self.dropout(self.position.embed(self.token_embedding(ids), start))
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, self.position, start, cache, use_reentrant=False)
+            else:
+                x = block(x, self.position, start, cache)
+        if cache is not None:
+            cache.advance(T)
+
+        if targets is not None:
+            if targets.shape != ids.shape:
+                raise UserError(
+                    f"targets have the shape {tuple(targets.shape)}, but ids {tuple(ids.shape)}"
+                )
+            logits = self._logits(self.norm(x)).flatten(0, 1)
+            return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+        # The norm acts on each position alone, so it needs only those that are asked for.
+        return self._logits(self.norm(x if all_logits else x[:, -1:])), None
+
+    def _logits(self, x: Tensor) -> Tensor:
+        # The padding rows make the GEMM aligned; they are no tokens and take no part in the softmax.
+        return F.linear(x, self.output_weight)[..., : self.config.vocab_size]
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """Continues ids: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).
+
+        Options: ``temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True``, see
+        :func:`almostgpt.inference.generate.generate`.
+        """
+        # The one arrow that points up: the method is a convenience, the room is inference/.
+        from almostgpt.inference.generate import generate
+
+        return generate(self, ids, max_new_tokens, **options)

@@ -1,0 +1,159 @@
+"""What a run measures: FLOPs, MFU, metrics.jsonl and the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from almostgpt.config import GPTConfig
+from almostgpt.files import write_text
+from almostgpt.model import GPT
+
+# Dense peak of the matrix units in TFLOP/s by (device name part, precision), from NVIDIA's data sheets
+# without sparsity. The first name that occurs in the device's wins.
+PEAK_TFLOPS = {
+    "GB200": {"bf16": 2500, "fp16": 2500},
+    "B200": {"bf16": 2250, "fp16": 2250},
+    "H200": {"bf16": 989, "fp16": 989},
+    "H100 PCIe": {"bf16": 756, "fp16": 756},
+    "H100 NVL": {"bf16": 835, "fp16": 835},
+    "H100": {"bf16": 989, "fp16": 989},
+    "A100": {"bf16": 312, "fp16": 312, "fp32": 19.5},
+    "A10G": {"bf16": 70, "fp16": 70, "fp32": 35},
+    "L40S": {"bf16": 362, "fp16": 362, "fp32": 91.6},
+    "L4": {"bf16": 121, "fp16": 121, "fp32": 30.3},
+    "RTX 5090": {"bf16": 209.5, "fp16": 209.5, "fp32": 104.8},
+    "RTX 4090": {"bf16": 165.2, "fp16": 165.2, "fp32": 82.6},
+    "RTX 3090": {"bf16": 71, "fp16": 71, "fp32": 35.6},
+    "V100": {"fp16": 125, "fp32": 15.7},
+    "T4": {"fp16": 65, "fp32": 8.1},
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of the device's matrix units, or ``None`` where the table does not know it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, peaks in PEAK_TFLOPS.items():
+        if part in name:
+            return peaks[precision] * 1e12 if precision in peaks else None
+    return None
+
+
+def flops_per_token(model: GPT, tokens: int) -> float:
+    """FLOPs of forward and backward for one token of a sequence of ``tokens``.
+
+    Each weight that a token is multiplied with costs 2 FLOPs forward and 4 backward. Attention adds
+    QKᵀ and PV over the keys a query sees, (tokens + 1) / 2 on average: the masked half is left out
+    (Chowdhery et al. 2022, appendix B, with the causal half). Embedding look-ups cost nothing; the output
+    projection is counted without the vocabulary's padding.
+    """
+    config: GPTConfig = model.config
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() >= 2)
+    matrices += config.vocab_size * config.n_embd
+    attention = config.n_layer * 2 * 2 * config.n_head * config.head_dim * (tokens + 1) / 2
+    return 3 * (2 * matrices + attention)
+
+
+class Stopwatch:
+    """Wall time of the steps alone: evaluations, samples and checkpoints are paused out of it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, all work on the device done."""
+        start, self._start = self._start, self._now()
+        return self._start - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        elapsed = time.perf_counter() - self._start
+        yield
+        self._start = time.perf_counter() - elapsed
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: the device allocator's, or the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, on the disk as soon as it is written.
+
+    Opening it for step ``n`` drops the lines of later steps, which a killed process may have written
+    after its last checkpoint, and a last line that it left unfinished.
+    """
+
+    def __init__(self, path: Path, step: int):
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        write_text(path, "".join(_to_line(line) for line in lines))
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(_to_line(values))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that a killed process left unfinished is passed over."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+    return lines
+
+
+def _to_line(values: dict[str, Any]) -> str:
+    """JSON has no NaN and no infinity: they become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def plot_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws training and validation loss over the steps as a PNG."""
+    from matplotlib.figure import Figure  # half a second to import, needed once, at the end
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.writing")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)

@@ -1,0 +1,87 @@
+"""The optimizer, its state in and out of checkpoints, and the guard that keeps bad numbers out of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from almostgpt.config import OptimizerConfig
+from almostgpt.errors import UserError
+
+# Devices whose AdamW is one fused kernel, which also reads `found_inf` on the device. On two CPU cores
+# it takes 23 ms for 28 M parameters where the default takes 117.
+FUSED_DEVICES = {"cpu", "cuda", "mps"}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only: norms and biases have none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=parameters[0].device.type in FUSED_DEVICES,
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state as ``{"<parameter name>/<moment>": tensor}``."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts back what :func:`optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        if parameter_name not in parameters:
+            raise UserError(
+                f"the optimizer state names {parameter_name!r}, which the model does not have"
+            )
+        parameter = parameters[parameter_name]
+        if key != "step" and value.shape != parameter.shape:
+            raise UserError(f"the optimizer state of {name} has the shape {tuple(value.shape)}")
+        # A fused kernel reads its step count on the device of the parameter.
+        optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+class FiniteGuard:
+    """Lets no step with a non-finite loss or gradient norm reach the weights.
+
+    Where reading a value is free (the CPU) the step is checked at once. Elsewhere a read would make the
+    host wait for the device in every step, so the first bad step is remembered on the device, the fused
+    update reads the flag there (``optimizer.found_inf``) and from then on leaves the weights alone, and
+    :meth:`first_bad_step` is asked at the next log point.
+    """
+
+    def __init__(self, device: torch.device, *, immediate: bool):
+        self.immediate = immediate
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)  # 0: none so far
+
+    def check(self, step: int, *values: Tensor) -> None:
+        """Remembers ``step`` if a value is not finite and no earlier step was bad. No host sync."""
+        finite = torch.stack([torch.isfinite(value) for value in values]).all()
+        self._first_bad = torch.where((self._first_bad == 0) & ~finite, step, self._first_bad)
+
+    def hold_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tells a fused optimizer's next update to leave the weights alone if a step has been bad."""
+        optimizer.grad_scale = None
+        optimizer.found_inf = (self._first_bad > 0).float()
+
+    def first_bad_step(self) -> int | None:
+        """The first step that was kept out, or ``None``. Waits for the device."""
+        return int(self._first_bad) or None

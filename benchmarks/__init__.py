@@ -1,0 +1,1 @@
+"""Measurements, run with ``pytest benchmarks --benchmark-only``; see docs/benchmarks.md."""

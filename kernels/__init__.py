@@ -1,0 +1,64 @@
+"""The ops of AlmostGPT: ordinary tensors in, the best kernel that serves them chosen by itself.
+
+Every op has a plain PyTorch reference that runs anywhere. Faster backends (``cuda``, ``triton``,
+``emulator``) stand before it where they exist and serve the device, dtype, shape and options::
+
+    y = kernels.rms_norm(x, weight)
+    print(kernels.explain("rms_norm", x, weight))      # which kernel ran, and why no other did
+    with kernels.use_backend("reference"):             # force one; it fails rather than fall back
+        y = kernels.rms_norm(x, weight)
+
+``ALMOSTGPT_BACKEND=reference`` forces a backend for a whole process.
+"""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "this folder is the package almostgpt.kernels: install the project (pip install -e .) and "
+        "`from almostgpt import kernels`; as top-level `kernels` it would hide another package"
+    )
+
+from almostgpt.errors import UserError
+from almostgpt.kernels import dispatch, native
+from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
+from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
+from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
+
+OPS: dict[str, dispatch.Op] = {op.name: op for op in (RMS_NORM, FLASH_ATTENTION)}
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Explanation",
+    "build_info",
+    "explain",
+    "flash_attention",
+    "rms_norm",
+    "use_backend",
+]
+
+
+def explain(op_name: str, *args, **kwargs) -> Explanation:
+    """Say which backend would run an op on these arguments, and why the others would not.
+
+    Args:
+        op_name: a name in ``OPS``, such as ``"rms_norm"``.
+        *args, **kwargs: what the op itself would be called with.
+
+    Returns:
+        An ``Explanation`` with ``.backend``, ``.kernel`` and ``.reasons``; ``print`` reads well.
+
+    Raises:
+        UserError: unknown op, arguments the op refuses, or a forced backend that cannot serve.
+    """
+    if op_name not in OPS:
+        raise UserError(f"no op named {op_name!r}; the ops are {', '.join(OPS)}")
+    return OPS[op_name].explain(*args, **kwargs)
+
+
+def build_info() -> dict:
+    """What the native library holds: ``path error cuda archs torch compiler`` (JSON values).
+
+    ``error`` is None where the library is loaded, otherwise why it is not; ``cuda`` is the
+    version of the CUDA toolkit that compiled the kernels, or None where none were compiled.
+    """
+    return native.NATIVE.as_dict()

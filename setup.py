@@ -1,0 +1,79 @@
+"""Drives CMake for the native library; everything else is in pyproject.toml.
+
+Settings: ALMOSTGPT_CUDA (AUTO, ON, OFF), ALMOSTGPT_CUDA_ARCHS, MAX_JOBS, ALMOSTGPT_TORCH_DIR.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "almostgpt/_C.so"  # it holds no Python: one file for every version
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from build_plan import BuildError, Plan, find_nvcc, plan_here  # noqa: E402
+from find_torch import Torch, find_torch  # noqa: E402
+
+
+class BuildNative(build_ext):
+    """Builds ``almostgpt/_C.so``, or says in one line why not."""
+
+    def run(self):
+        torch = find_torch()
+        plan = plan_here(torch)
+        print(f"almostgpt: {plan.message}", file=sys.stderr, flush=True)
+        library = Path(ROOT if self.inplace else self.build_lib) / LIBRARY
+        if plan.native:
+            replace(library, cmake(plan, torch))
+        else:
+            library.unlink(missing_ok=True)  # one of an earlier install
+            self.extensions = []
+
+    def get_ext_filename(self, fullname):
+        return LIBRARY
+
+
+def cmake(plan: Plan, torch: Torch) -> Path:
+    """Configure and build; the finished library."""
+    tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
+    for name, path in tools.items():
+        if path is None:
+            raise BuildError(f"{name} is missing: pip install {name}")
+    # A fixed place, so that the next install compiles only what changed.
+    folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": tools["ninja"],
+        "ALMOSTGPT_TORCH_DIR": torch.path,
+        "ALMOSTGPT_CUDA": "ON" if plan.cuda else "OFF",
+    }
+    if plan.cuda:
+        settings["CMAKE_CUDA_COMPILER"] = find_nvcc().path
+        settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(plan.archs)
+    defines = [f"-D{name}={value}" for name, value in settings.items()]
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    subprocess.run(
+        [tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True
+    )
+    subprocess.run([tools["cmake"], "--build", folder, "-j", jobs], check=True)
+    return folder / "lib" / "_C.so"
+
+
+def replace(target: Path, source: Path) -> None:
+    """Copy in one step: a running process may have the old file mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copy2(source, partial)
+    os.replace(partial, target)
+
+
+setup(
+    packages=[*find_packages(include=["almostgpt", "almostgpt.*"]), "almostgpt.kernels"],
+    ext_modules=[Extension("almostgpt._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,163 @@
+"""The choice of a backend: explained, forced, and kept for backward."""
+
+import contextvars
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from almostgpt import kernels
+from almostgpt.errors import UserError
+from almostgpt.kernels import dispatch, native
+from almostgpt.kernels.dispatch import Kernel, Op
+
+X, W = torch.randn(3, 8), torch.randn(8)
+
+
+def test_explain_gives_a_reason_for_every_other_backend():
+    answer = kernels.explain("rms_norm", X, W)
+    assert answer.backend == "reference"
+    assert set(answer.reasons) == set(kernels.BACKENDS) - {"reference"}
+    assert answer.reasons["cuda"] == "x is on cpu"
+    assert answer.reasons["emulator"] == "no emulator kernel for this op"
+    assert "reference" in str(answer) and "not cuda: x is on cpu" in str(answer)
+    q = torch.randn(1, 2, 3, 4)
+    answer = kernels.explain("flash_attention", q, q, q, causal=True)
+    assert answer.reasons["triton"] == "no triton kernel for this op"
+
+
+def test_explain_refuses_what_the_op_refuses():
+    with pytest.raises(UserError, match="weight must be"):
+        kernels.explain("rms_norm", X, W[:2])
+    with pytest.raises(UserError, match="rms_norm, flash_attention"):
+        kernels.explain("layer_norm", X)
+
+
+def test_a_forced_backend_never_falls_back():
+    with kernels.use_backend("reference"):
+        assert kernels.explain("rms_norm", X, W).backend == "reference"
+    with kernels.use_backend("cuda"), pytest.raises(UserError, match="'cuda'.*x is on cpu"):
+        kernels.rms_norm(X, W)
+    with kernels.use_backend("emulator", capability=(8, 0)):
+        with pytest.raises(UserError, match="no emulator kernel"):
+            kernels.rms_norm(X, W)
+    kernels.rms_norm(X, W)
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(UserError, match="cuda, triton, emulator, reference"):
+        with kernels.use_backend("cudnn"):
+            pass
+    with pytest.raises(UserError, match="takes no option 'capability'"):
+        with kernels.use_backend("cuda", capability=(8, 0)):
+            pass
+
+
+def test_forcing_holds_in_its_own_thread_only():
+    seen = []
+    with kernels.use_backend("cuda"):
+        thread = threading.Thread(target=lambda: seen.append(kernels.rms_norm(X, W)))
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+
+
+def test_environment_forces_for_a_process():
+    code = (
+        "import torch\nfrom almostgpt import kernels\n"
+        "x, w = torch.ones(2, 4), torch.ones(4)\n"
+        "with kernels.use_backend('reference'):\n    kernels.rms_norm(x, w)\n"  # it wins
+        "try:\n    kernels.rms_norm(x, w)\nexcept ValueError as error:\n    print(error)\n"
+    )
+    env = {**os.environ, "ALMOSTGPT_BACKEND": "cuda"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "x is on cpu" in run.stdout, run.stderr
+
+
+def test_an_unknown_name_in_the_environment_is_named_at_the_first_call():
+    context = contextvars.copy_context()
+    context.run(dispatch._FORCED.set, ("nonsense", ()))  # as the variable's default would be
+    with pytest.raises(UserError, match="'nonsense'.*ALMOSTGPT_BACKEND.*cuda, triton"):
+        context.run(kernels.rms_norm, X, W)
+
+
+def test_the_first_that_serves_runs_and_the_emulator_only_when_forced():
+    def kernel(backend, refusal=None):
+        return Kernel(backend, backend, lambda x: refusal, lambda x: backend)
+
+    op = Op("op", lambda x: None, tuple(kernel(name) for name in ("emulator", "cuda", "reference")))
+    assert op(1) == "cuda"
+    assert op.explain(1).reasons["emulator"] == "it runs only when forced"
+    assert op.explain(1).reasons["reference"] == "it could serve, but cuda comes first"
+    with kernels.use_backend("emulator"):
+        assert op(1) == "emulator"
+    refusing = Op("op", lambda x: None, (kernel("cuda", "too odd"), kernel("reference")))
+    assert refusing(1) == "reference"
+    assert refusing.explain(1).reasons["cuda"] == "too odd"
+
+
+def test_backward_keeps_the_choice_of_forward():
+    x = X.clone().requires_grad_()
+    loss = torch.ops.almostgpt.rms_norm_forward(x, W, 1e-5)[0].sum()
+    failures = []
+
+    def backward():
+        try:
+            with kernels.use_backend("triton"):  # would refuse, were it asked
+                loss.backward()
+        except UserError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert not failures and x.grad is not None
+
+
+def test_compiled_code_follows_the_forced_backend():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda x, w: kernels.rms_norm(x, w), fullgraph=True, backend=count, dynamic=True
+    )
+    expected = kernels.rms_norm(X, W)
+    torch.testing.assert_close(compiled(X, W), expected)
+    with kernels.use_backend("reference"):
+        torch.testing.assert_close(compiled(X, W), expected)
+    torch.testing.assert_close(compiled(X[:2], W), expected[:2])
+    assert len(graphs) == 2  # one for each choice, none for the new shape
+    with kernels.use_backend("cuda"), pytest.raises(Exception, match="x is on cpu"):
+        compiled(X, W)
+
+
+def test_serves():
+    default = ("80-real", "90a-real", "100-real", "120")
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)):
+        assert native.serves(default, capability)
+    for capability in ((7, 5), (11, 0)):
+        assert not native.serves(default, capability)
+    assert not native.serves(("90a-real",), (9, 1))
+    assert native.serves(("80-virtual",), (9, 0)) and not native.serves(("80-real",), (9, 0))
+
+
+def test_a_library_that_does_not_load_is_a_warning(tmp_path):
+    assert native.load(tmp_path / "_C.so").error == "the native library was not built"
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match="does not load"):
+        loaded = native.load(broken)
+    assert "does not load" in loaded.refuse()
+
+
+def test_build_info():
+    info = kernels.build_info()
+    assert set(info) == {"path", "error", "cuda", "archs", "torch", "compiler"}
+    if info["error"] is None:
+        assert info["compiler"] and info["torch"]
