@@ -51,6 +51,7 @@ def cmake(plan: Plan, torch: Torch) -> Path:
         "CMAKE_MAKE_PROGRAM": tools["ninja"],
         "ALMOSTGPT_TORCH_DIR": torch.path,
         "ALMOSTGPT_CUDA": "ON" if plan.cuda else "OFF",
+        "ALMOSTGPT_PLAN": plan.message.replace(";", ","),
     }
     if plan.cuda:
         settings["CMAKE_CUDA_COMPILER"] = find_nvcc().path

@@ -108,9 +108,7 @@ class PlainGPT(nn.Module):
         for block in self.h:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))
-        loss = F.cross_entropy(
-            logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1
-        )
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         return logits, loss
 
 
@@ -146,9 +144,7 @@ class PlainTrainer:
         ]
         extra = {"fused": True} if cuda else {}  # the default elsewhere
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, **extra)
-        self.autocast = (
-            nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-        )
+        self.autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def get_batch(self) -> tuple[Tensor, Tensor]:
         # Mapped anew for every batch: a long-lived memmap was held to leak memory.

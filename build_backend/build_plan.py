@@ -81,8 +81,13 @@ def make_plan(
         why = "ALMOSTGPT_CUDA=OFF"
     elif mode == "AUTO" and torch.cuda is None:
         why = f"torch {torch.version} is a CPU build; ALMOSTGPT_CUDA=ON builds them all the same"
+    elif (mismatch := nvcc_mismatch(mode, torch, nvcc)) is not None:
+        # Where a GPU is present its kernels must not be missing in silence. A laptop without one
+        # gets a CUDA build of torch from PyPI by default, and needs no kernels.
+        if mode == "ON" or capabilities:
+            raise BuildError(mismatch)
+        why = f"no GPU is visible; {mismatch}"
     else:
-        check_nvcc(mode, torch, nvcc)
         archs = choose_archs(env.get("ALMOSTGPT_CUDA_ARCHS", ""), capabilities, nvcc.version)
         return Plan(
             True,
@@ -112,23 +117,23 @@ def no_native_reason(env: Mapping[str, str], platform: str, compiler: str | None
     return None
 
 
-def check_nvcc(mode: str, torch: Torch, nvcc: Nvcc | None) -> None:
-    """Raise where the CUDA kernels are to be built and nvcc is missing or does not fit torch."""
-    if mode == "ON":
-        if nvcc is None:
-            raise BuildError(
-                "ALMOSTGPT_CUDA=ON, but there is no nvcc: install a CUDA toolkit, or set "
-                "CUDA_HOME to the folder of one"
-            )
-        return
+def nvcc_mismatch(mode: str, torch: Torch, nvcc: Nvcc | None) -> str | None:
+    """Why this nvcc cannot build the CUDA kernels, and what to do; None where it can."""
+    if mode == "ON":  # with any torch: its CUDA version, if it has one, does not matter
+        if nvcc is not None:
+            return None
+        return (
+            "ALMOSTGPT_CUDA=ON, but there is no nvcc: install a CUDA toolkit, or set CUDA_HOME to "
+            "the folder of one"
+        )
     major = torch.cuda.split(".")[0]
     if nvcc is None:
         found = "there is no nvcc"
     elif str(nvcc.version[0]) != major:
         found = f"{nvcc.path} is of CUDA {dotted(nvcc.version)}"
     else:
-        return
-    raise BuildError(
+        return None
+    return (
         f"torch {torch.version} is built for CUDA {torch.cuda}, but {found}. Do one of: install "
         f"the CUDA {major} toolkit; set CUDA_HOME to the folder of one; or set ALMOSTGPT_CUDA=OFF "
         "to install without CUDA kernels"

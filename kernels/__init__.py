@@ -56,7 +56,7 @@ def explain(op_name: str, *args, **kwargs) -> Explanation:
 
 
 def build_info() -> dict:
-    """What the native library holds: ``path error cuda archs torch compiler`` (JSON values).
+    """What the native library holds: ``path error cuda archs torch compiler plan`` (JSON values).
 
     ``error`` is None where the library is loaded, otherwise why it is not; ``cuda`` is the
     version of the CUDA toolkit that compiled the kernels, or None where none were compiled.

@@ -28,6 +28,7 @@ class Native:
     archs: tuple[str, ...] = ()  # as given to CMake: "80-real", "90a-real", "120"
     torch: str | None = None  # whose headers it was compiled with
     compiler: str | None = None
+    plan: str | None = None  # what the install decided to build, and why
 
     def as_dict(self) -> dict:
         return {**asdict(self), "archs": list(self.archs)}
@@ -36,7 +37,7 @@ class Native:
         """Why there is no CUDA kernel at all in this process, or None."""
         if self.error is not None:
             return self.error
-        return None if self.cuda else "the native library was built without CUDA kernels"
+        return None if self.cuda else self.plan
 
 
 def load(path: Path) -> Native:

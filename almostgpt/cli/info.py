@@ -24,7 +24,7 @@ each op would use on this machine, with the reason why the others would not.
 
 examples:
   almostgpt info
-  almostgpt info --json true
+  almostgpt info --json
   ALMOSTGPT_BACKEND=reference almostgpt info"""
 
 

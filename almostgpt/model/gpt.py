@@ -61,13 +61,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> GPT:
-        """A freshly initialised model by name (``tiny`` … ``gpt2-xl``); ``overrides`` are GPTConfig fields."""
+        """A fresh model by name (``tiny`` … ``gpt2-xl``); ``overrides`` are GPTConfig fields."""
         if name not in MODEL_PRESETS:
             raise UserError(f"the preset is {not_one_of(name, MODEL_PRESETS)}")
         return cls(GPTConfig(**{**MODEL_PRESETS[name], **overrides}))
 
     def _initialise(self) -> None:
-        """GPT-2's: N(0, 0.02) for matrices, the projections into the residual stream scaled by 1/√(2·n_layer).
+        """GPT-2's: N(0, 0.02²) for matrices, those into the residual stream scaled by 1/√(2·n_layer).
 
         Each block adds twice to the stream; the scaling keeps its variance independent of the depth.
         """

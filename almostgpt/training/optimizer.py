@@ -1,4 +1,4 @@
-"""The optimizer, its state in and out of checkpoints, and the guard that keeps bad numbers out of the weights."""
+"""The optimizer, its state in checkpoints, and the guard that keeps bad numbers out of the weights."""
 
 from __future__ import annotations
 

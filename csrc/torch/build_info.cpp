@@ -1,5 +1,6 @@
 // torch.ops.almostgpt.build_info() -> str: how this library was built, as JSON. CMake defines
-// ALMOSTGPT_CUDA_VERSION and ALMOSTGPT_CUDA_ARCHS (separated by commas) where it builds for CUDA.
+// ALMOSTGPT_PLAN (what is built and why) and ALMOSTGPT_COMPILER, and where it builds for CUDA
+// ALMOSTGPT_CUDA_VERSION and ALMOSTGPT_CUDA_ARCHS (separated by commas).
 
 #include <string>
 
@@ -32,7 +33,7 @@ std::string build_info() {
 #endif
   return "{\"cuda\": " + cuda + ", \"archs\": " + archs() +
          ", \"torch\": " + quoted(TORCH_VERSION) + ", \"compiler\": " +
-         quoted(ALMOSTGPT_COMPILER) + "}";
+         quoted(ALMOSTGPT_COMPILER) + ", \"plan\": " + quoted(ALMOSTGPT_PLAN) + "}";
 }
 
 }  // namespace

@@ -333,7 +333,7 @@ def _gradients_compiled(backend: str) -> None:
 
 
 def test_compiled_training_has_no_graph_break():
-    """fullgraph=True fails at the first break. aot_eager traces as Inductor does, without its C++ compiler."""
+    """fullgraph=True fails at a break. aot_eager traces as Inductor does, without its C++ compiler."""
     _gradients_compiled("aot_eager")
 
 

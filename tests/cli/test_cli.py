@@ -1,0 +1,243 @@
+"""The command line as a user meets it: help, errors with code 2, JSON on the last line."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from almostgpt.cli.generate import decode_stream
+from almostgpt.cli.main import COMMANDS, main, train_main
+from almostgpt.config import Config, flatten, load_config, resolve
+from almostgpt.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALMOSTGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("to be or not to be, that is the question: ä é ü 日本\n" * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def trained(text, capsys) -> Path:
+    """A model of a few steps, on bytes, so that characters are cut between tokens."""
+    arguments = ["train", "--out=run", f"--data.path={text}", "--data.tokenizer=byte", "--device=cpu"]
+    sizes = {"block-size": 16, "n-layer": 1, "n-head": 2, "n-embd": 16}
+    arguments += [f"--model.{key}={value}" for key, value in sizes.items()]
+    assert main([*arguments, "--training.steps=3", "--training.batch-size=2"]) == 0
+    capsys.readouterr()
+    return Path("run")
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in COMMANDS) and "examples" in out
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        out = capsys.readouterr().out
+        assert "examples" in out and f"almostgpt {command}" in out
+
+
+def test_every_setting_is_an_option_and_print_config_prints_what_was_given(capsys):
+    """All settings at once, each with another value than its default; read back from the YAML."""
+    changed = {}
+    for key, value in flatten(resolve(Config())).items():
+        if isinstance(value, bool):
+            changed[key] = not value
+        elif isinstance(value, int):
+            changed[key] = value * 2
+        elif isinstance(value, float):
+            changed[key] = value / 2 + 0.01
+    changed |= {"model.norm": "layernorm", "model.feedforward": "gelu", "model.position": "learned"}
+    changed |= {"data.split": "document", "data.sampling": "sequential", "data.tokenizer": "byte"}
+    changed |= {"schedule.name": "constant", "training.precision": "bf16", "device": "cpu"}
+    arguments = []
+    for key, value in changed.items():
+        word = str(value).lower() if isinstance(value, bool) else str(value)
+        arguments += [f"--{key}", word]
+    arguments += ["--optimizer.betas", "0.8", "0.9", "--model.vocab-size", "300"]
+    assert main(["train", "--print-config", *arguments]) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    printed = flatten(load_config("printed.yaml"))
+    assert changed.items() <= printed.items()
+    assert printed["optimizer.betas"] == (0.8, 0.9) and printed["model.vocab_size"] == 300
+
+
+def test_the_command_line_wins_over_the_file(capsys):
+    Path("mine.yaml").write_text("base: quickstart\nmodel: {n_layer: 3}\ntraining: {steps: 5}")
+    assert main(["train", "--config", "mine.yaml", "--training.steps", "7", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["n_layer"] == 3 and printed["training"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["trian"], "did you mean train"),
+        (["train", "--config", "quikstart"], "did you mean quickstart"),
+        (["train", "--config", "nowhere.yaml"], "no configuration named"),
+        (["train", "--data.path", "nowhere.txt"], "nowhere.txt"),
+        (["train", "--model.norm", "layernrm"], "did you mean layernorm"),
+        (["train", "--model.n-head", "5"], "n_head"),
+        (["train", "--data.corpus", "shakespear"], "did you mean shakespeare"),
+        (["train", "--data.tokenizer", "bite"], "did you mean byte"),
+        (["train", "--device", "tpu"], "device is 'tpu'"),
+        (["train", "--resume", "--out", "nowhere"], "there is no run"),
+        (["prepare", "--out", "x", "--data.path", "nowhere"], "nowhere"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["generate", "--checkpoint", "."], "no checkpoint in it"),
+        (["generate", "--checkpoint", ".", "--temperature", "-1"], "temperature"),
+        (["info", "--device", "cuda:77"], "cuda:77"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_code_2(arguments, expected, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert expected in err and err.startswith("error: ") and "Traceback" not in err
+    assert out == ""
+    assert not Path("runs").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["train", "--modle.n-layer", "3"], "--model.n-layer"),
+        (["train", "--training.steps", "many"], "expected a whole number"),
+        (["train", "--training.compile", "perhaps"], "expected true or false"),
+        (["generate"], "--checkpoint"),
+        (["generate", "--checkpoint", "x", "--max-token", "3"], "--max-tokens"),
+    ],
+)
+def test_wrong_options_name_the_nearest(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert expected in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["generate", "--checkpoint", "nowhere", "--debug"])
+
+
+def test_train_main_is_train(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["almostgpt-train", "--print-config"])
+    assert train_main() == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["corpus"] == "stdlib"
+
+
+def test_prepare_then_train_on_it(text, capsys):
+    arguments = ["prepare", "--data.path", str(text), "--data.tokenizer", "byte", "--out", "tokens"]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["vocab_size"] == 257
+    assert result["train_tokens"] + result["val_tokens"] == text.stat().st_size
+    sizes = ["--model.n-layer=1", "--model.n-head=2", "--model.n-embd=16", "--model.block-size=16"]
+    steps = ["--training.steps=2", "--training.batch-size=2", "--device=cpu"]
+    assert main(["train", "--data.path=tokens", "--out=run", *sizes, *steps]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 2
+    assert main(arguments) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def generate(*arguments: str) -> int:
+    return main(["generate", "--checkpoint", "run", "--device", "cpu", *arguments])
+
+
+def test_generate_repeats_with_a_seed(trained, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert generate("--prompt", "to be", "--max-tokens", "30", "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("to be") for text in texts)
+
+
+def test_generate_greedy_equals_the_library(trained, capsys):
+    from almostgpt import load
+
+    assert generate("--prompt", "to be", "--max-tokens", "30", "--temperature", "0") == 0
+    out = capsys.readouterr().out
+    model, tokenizer = load("run")
+    ids = torch.tensor([tokenizer.encode("to be")])
+    expected = tokenizer.decode(model.generate(ids, 30, temperature=0)[0].tolist())
+    assert out == expected + "\n"
+
+
+def test_an_empty_prompt_starts_at_random(trained, capsys):
+    starts = set()
+    for seed in range(5):
+        assert generate("--max-tokens", "0", "--seed", str(seed)) == 0
+        starts.add(capsys.readouterr().out)
+    assert len(starts) > 1
+
+
+def test_samples_differ_and_options_reach_the_sampler(trained, capsys):
+    assert generate("--prompt=to", "--num-samples=3", "--max-tokens=20", "--seed=0") == 0
+    out, err = capsys.readouterr()
+    assert err.count("--- sample") == 3
+    assert generate("--prompt=to", "--top-k=1", "--max-tokens=20", "--seed=0") == 0
+    one = capsys.readouterr().out
+    assert generate("--prompt=to", "--temperature=0", "--max-tokens=20") == 0
+    assert capsys.readouterr().out == one  # the most likely token alone is greedy
+    assert generate("--prompt=to", "--top-k=None", "--top-p=None", "--max-tokens=20", "--seed=0") == 0
+    assert capsys.readouterr().out != one
+
+
+def test_interactive_mode_keeps_the_conversation_until_cleared(trained, capsys, monkeypatch):
+    lines = iter(["to be", "or not", "clear", "to be", "quit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert generate("--interactive", "--max-tokens=4", "--temperature=0") == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) >= 3
+    assert next(lines) == "never read"
+    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
+    assert generate("--interactive") == 0
+
+
+def test_a_character_split_over_tokens_is_never_cut_in_the_stream():
+    text = "aä日🙂z"
+    tokenizer = ByteTokenizer()
+    pieces = list(decode_stream(tokenizer, iter(tokenizer.encode(text))))
+    assert "".join(pieces) == text and all("\ufffd" not in piece for piece in pieces)
+    cut = list(decode_stream(tokenizer, iter(tokenizer.encode(text)[:-2])))
+    assert "".join(cut).startswith("aä日")
+
+
+def test_info_names_versions_kernels_and_reasons(capsys, monkeypatch):
+    assert main(["info", "--json", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["ops"]["rms_norm"]["backend"] == "reference"
+    assert "cpu" in report["ops"]["rms_norm"]["reasons"]["cuda"]
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "rms_norm: reference" in out and "not cuda:" in out
+
+
+def test_a_closed_pipe_is_no_error(monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return self.file.fileno()
+
+    closed = Closed()
+    closed.file = open(tmp_path / "descriptor", "w")
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert main(["train", "--print-config"]) == 0

@@ -1,0 +1,50 @@
+"""Every CUDA op once on odd shapes: the program that compute-sanitizer watches.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python sanitizer_workload.py
+
+Without the caching allocator every tensor is an allocation of its own, so an access beside it is
+seen. Results are not looked at here: the tests do that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+
+from almostgpt import kernels
+
+
+def rms_norm() -> int:
+    shapes = [(1, 1), (3, 7), (113, 203), (5, 768), (2, 4096), (1, 65536), (700, 33), (2, 3, 130)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for shape, dtype in itertools.product(shapes, dtypes):
+        # Copied from the host: then no kernel of torch's own random numbers is in the way.
+        wide = torch.randn(*shape[:-1], shape[-1] + 3).to(dtype).cuda()
+        weight = torch.randn(shape[-1]).to(dtype).cuda().requires_grad_()
+        # A whole tensor, and rows that lie apart and start unaligned.
+        for x in (wide[..., 3:].contiguous(), wide[..., 3:]):
+            x = x.detach().requires_grad_()
+            y = kernels.rms_norm(x, weight)
+            torch.autograd.grad(y, (x, weight), torch.randn(shape).to(dtype).cuda())
+    return 2 * len(shapes) * len(dtypes)
+
+
+# An op without a CUDA kernel of ours has nothing to watch.
+WORKLOADS = {"rms_norm": rms_norm}
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA GPU: nothing to watch")
+        return 2
+    for name, workload in WORKLOADS.items():
+        cases = workload()
+        torch.cuda.synchronize()
+        print(f"{name}: {cases} cases, forward and backward")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
