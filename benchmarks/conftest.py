@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from . import harness
 
+FEWEST_ROUNDS = 9
 TABLES = pytest.StashKey[list[harness.Table]]()
 
 
@@ -53,10 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def race(benchmark) -> Callable[..., harness.Race]:
-    """``race(peers, timer, rounds=…)``: times peers in turns, reported as the first one's times."""
+    """``race(peers, timer, seconds=…)``: times peers in turns, reported as the first one's times.
+
+    It takes about ``seconds``, and at least ``FEWEST_ROUNDS`` on a machine that is slow or busy.
+    """
 
     def run(
-        peers: dict[str, harness.Peer], timer: harness.Timer, *, rounds: int, warmup: int = 3
+        peers: dict[str, harness.Peer], timer: harness.Timer, *, seconds: float
     ) -> harness.Race:
         contest = harness.Race(peers, timer)
         ours = next(iter(peers))
@@ -65,10 +70,12 @@ def race(benchmark) -> Callable[..., harness.Race]:
             contest.round()
             _Clock.now += contest.seconds[ours][-1]
 
-        for _ in range(warmup):
+        for _ in range(3):  # warm-up: compilers, allocators, caches
+            start = time.perf_counter()
             contest.round()
+            a_round = time.perf_counter() - start
         contest.restart()
-        benchmark.pedantic(one_round, rounds=rounds)
+        benchmark.pedantic(one_round, rounds=max(FEWEST_ROUNDS, int(seconds / a_round)))
         return contest
 
     return run

@@ -51,10 +51,7 @@ def flash_attention(
 
 def _check(q, k, v, *, causal=False, scale=None) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise UserError(
-            "flash_attention: q, k and v must be (B, H, T, D), "
-            f"not {_shapes(q, k, v)}"
-        )
+        raise UserError(f"flash_attention: q, k and v must be (B, H, T, D), not {_shapes(q, k, v)}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise UserError(
             "flash_attention: k and v must have one shape, and q their batch size and head width; "
@@ -70,9 +67,7 @@ def _check(q, k, v, *, causal=False, scale=None) -> None:
             f"not {q.dtype}, {k.dtype} and {v.dtype}"
         )
     if not q.device == k.device == v.device:
-        raise UserError(
-            f"flash_attention: q, k and v are on {q.device}, {k.device} and {v.device}"
-        )
+        raise UserError(f"flash_attention: q, k and v are on {q.device}, {k.device} and {v.device}")
 
 
 def _shapes(*tensors: torch.Tensor) -> str:

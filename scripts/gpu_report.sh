@@ -4,7 +4,8 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: scripts/gpu_report.sh --stage STAGE [--out DIR] [--python PYTHON] [--wheels DIR] [--text FILE]
+usage: scripts/gpu_report.sh --stage STAGE [--out DIR] [--python PYTHON]
+                             [--wheels DIR] [--text FILE]
 
 Builds the package for the GPU of this machine and runs one stage, all in under 8 minutes:
 
@@ -19,18 +20,18 @@ Builds the package for the GPU of this machine and runs one stage, all in under 
                      log.txt       all output
                      and what the stage itself writes (JUnit XML, JSON, sanitizer logs)
   --python PYTHON  the Python that has torch; default python3. The package is installed into it
-                   (editable), or, where it takes no packages, into a venv under build/ that sees its.
+                   (editable), or, where it takes no packages, into a venv in build/ that sees its.
   --wheels DIR     install the wheels in DIR into build/ first, for this script alone
   --text FILE      a text to train on in bench; default: the sources of the standard library
 
 Exit code: 0 when nothing that ran has failed; 1 when something did; 2 for a wrong option.
 
-Without a GPU the stage runs as far as it can and says what it leaves out. The kernels are then still
-compiled where there is an nvcc (CUDA_HOME or PATH).
+Without a GPU the stage runs as far as it can and says what it leaves out. The kernels are then
+still compiled where there is an nvcc (CUDA_HOME or PATH).
 
-Without a network nothing is downloaded: the build takes torch, cmake, ninja and setuptools from the
-Python that is there. Bring a package that is missing, tyro for instance, as wheels: on a machine with a
-network, for the Python and platform of the GPU machine (here 3.12 on x86-64),
+Nothing is downloaded: the build takes torch, cmake, ninja and setuptools (77 or newer) from the
+machine as it is. Bring a package that is missing, tyro for instance, as wheels: on a machine with
+a network, for the Python and platform of the GPU machine (here 3.12 on x86-64),
 
   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
@@ -50,6 +51,7 @@ die() {
 # ------------------------------------------------------------------------------ steps and outcomes
 
 failures=0
+cuda_home=${CUDA_HOME:-/usr/local/cuda}
 deadline=470 # seconds after the start; the machine may be lent for 8 minutes
 
 # step SECONDS NAME COMMAND...: runs a command with a time limit; a failure is noted and we go on.
@@ -85,7 +87,7 @@ note() { echo "$*" | tee -a "$out/summary.txt"; }
 describe_machine() {
   {
     echo "date:    $(date --utc '+%Y-%m-%d %H:%M UTC')"
-    echo "commit:  $(git rev-parse HEAD 2>/dev/null || echo unknown)$(uncommitted)"
+    echo "commit:  $(git rev-parse --verify HEAD 2>/dev/null || echo unknown)$(uncommitted)"
     echo "command: scripts/gpu_report.sh $arguments"
     echo "system:  $(uname -srm), $(nproc) CPUs"
     echo "nvcc:    $("$nvcc" --version 2>/dev/null | grep release || echo none)"
@@ -93,7 +95,7 @@ describe_machine() {
 import importlib.metadata as metadata
 import platform
 
-names = ["torch", "triton", "numpy", "pytest", "pytest-benchmark", "tyro"]
+names = ["torch", "triton", "numpy", "setuptools", "pytest", "pytest-benchmark", "tyro"]
 versions = {name: "missing" for name in names}
 for name in names:
     try:
@@ -140,12 +142,15 @@ sys.exit(not (os.access(sysconfig.get_path("purelib"), os.W_OK) and (in_venv or 
 PYTHON
     return
   fi
-  local packages
-  packages=$("$python" -c 'import site, sys; print(*[p for p in sys.path if "-packages" in p], sep="\n")')
+  local packages purelib
+  packages=$("$python" -c 'import sys; print(*(p for p in sys.path if "-packages" in p), sep="\n")')
   "$python" -m venv build/gpu-report-venv
-  python=$PWD/build/gpu-report-venv/bin/python
-  echo "$packages" >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
   export PATH="$PWD/build/gpu-report-venv/bin:$PATH"
+  python=$PWD/build/gpu-report-venv/bin/python
+  purelib=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  # The venv's own setuptools may be too old for this project; its parent's is what we were given.
+  rm -rf "$purelib"/setuptools*
+  echo "$packages" >"$purelib/parent.pth"
 }
 
 install_wheels() {
@@ -172,21 +177,18 @@ build() {
 
 # ------------------------------------------------------------------------------ the stages
 
-pytest() { # pytest SECONDS NAME ARGUMENTS...
-  local limit=$1 name=$2 code=0
-  shift 2
-  step "$limit" "$name" "$python" -m pytest --color=no "$@" || code=$?
-  return $code
+run_pytest() { # run_pytest SECONDS NAME ARGUMENTS...
+  step "$1" "$2" "$python" -m pytest --color=no "${@:3}"
 }
 
 stage_conformance() {
   conformance_program || true
   if [[ -z $gpu ]]; then
-    leave_out "the kernels against float64: they need a GPU (below, the tests are only collected)"
-    pytest 60 "collect" tests/gpu -m conformance --collect-only -q || true
+    leave_out "the kernels against float64: they need a GPU; the tests are only collected"
+    run_pytest 60 "collect" tests/gpu -m conformance --collect-only -q || true
     return
   fi
-  pytest 300 "conformance" tests/gpu -m conformance -q --junitxml="$out/conformance.xml" || true
+  run_pytest 300 "conformance" tests/gpu -m conformance -q --junitxml="$out/conformance.xml" || true
 }
 
 # The device primitives check themselves in a program of their own, where the tree has one.
@@ -205,14 +207,14 @@ conformance_program() {
 
 stage_tests() {
   if [[ -z $gpu ]]; then leave_out "tests/gpu: they need a GPU and skip themselves"; fi
-  # -o: the project's own options leave out the slow ones.
-  pytest 400 "tests" tests -m "slow or not slow" -q -rs --durations=15 \
+  # The project's own options leave out the slow ones.
+  run_pytest 400 "tests" tests -m "slow or not slow" -q -rs --durations=15 \
     --junitxml="$out/tests.xml" || true
 }
 
 stage_sanitizer() {
   local workload=tests/gpu/sanitizer_workload.py sanitizer tool
-  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  sanitizer=$(command -v compute-sanitizer || echo "$cuda_home/bin/compute-sanitizer")
   if [[ -z $gpu ]]; then
     leave_out "memcheck, racecheck, synccheck, initcheck: they need a GPU"
     return
@@ -236,7 +238,7 @@ stage_bench() {
   if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
   local missing
   if missing=$(has_modules pytest_benchmark); then
-    pytest 230 "benchmarks" benchmarks --benchmark-only -q --save-results --results-dir "$out" \
+    run_pytest 230 "benchmarks" benchmarks --benchmark-only -q --save-results --results-dir "$out" \
       --benchmark-json="$out/pytest-benchmark.json" || true
   else
     leave_out "the benchmarks: missing $missing (see --help, --wheels)"
@@ -255,7 +257,7 @@ train_shortly() {
     --training.eval_every 0 --checkpoint.every 1000000)
   if [[ -n $text ]]; then options+=(--data.path "$text"); else options+=(--data.corpus stdlib); fi
   if [[ -n $gpu ]]; then
-    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -n 1)
+    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | sed q)
     # Bytes, because GPT-2's vocabulary is a download; the output layer keeps its full width, so the
     # step costs what it costs with it. A smaller card takes the same step in smaller pieces.
     options+=(--config gpt2-124m --data.tokenizer byte --model.vocab_size 50257 --training.steps 20)
@@ -265,7 +267,8 @@ train_shortly() {
   fi
   rm -rf "$run"
   ALMOSTGPT_CACHE="$PWD/build/gpu-report-cache" step 200 "training run" \
-    "$python" -m almostgpt.cli.main train "${options[@]}" || return
+    "$python" -c 'import sys; from almostgpt.cli.main import train_main; sys.exit(train_main())' \
+    "${options[@]}" || return
   cp "$run/metrics.jsonl" "$out/training.jsonl"
   note "training: $(tail -n 1 "$out/training.jsonl")"
   rm -rf "$run" # half a GB of weights
@@ -274,8 +277,12 @@ train_shortly() {
 # ------------------------------------------------------------------------------ options
 
 main() {
+  choose_python
+  nvcc=$(command -v nvcc || echo "$cuda_home/bin/nvcc")
+  if has_gpu; then gpu=yes; else gpu=""; fi
   describe_machine
-  if [[ -z $gpu ]]; then leave_out "everything that needs a GPU: torch.cuda.is_available() is False"; fi
+  if [[ -n $wheels ]]; then install_wheels; fi
+  if [[ -z $gpu ]]; then leave_out "all that needs a GPU: torch.cuda.is_available() is False"; fi
   if build; then "stage_$stage"; fi
   echo
   echo "=== $stage: $failures failed, after $SECONDS s; the report is in $out"
@@ -310,9 +317,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${out:-$PWD/gpu-report/$stage}
 rm -f "$out"/{machine,summary,log}.txt
 mkdir -p "$out" build
-choose_python
-if [[ -n $wheels ]]; then install_wheels; fi
-nvcc=$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
-gpu=""
-if has_gpu; then gpu=yes; fi
 main 2>&1 | tee "$out/log.txt"

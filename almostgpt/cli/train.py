@@ -23,7 +23,7 @@ from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.model.gpt import part_problems
 from almostgpt.training.progress import make_progress
-from almostgpt.training.run import create_run, resume_config, stored_config
+from almostgpt.training.run import create_run, discard_run, occupy, resume_config, stored_config
 from almostgpt.training.trainer import Trainer
 
 DESCRIPTION = """Trains a model and writes checkpoints, metrics.jsonl and loss.png into a run folder.
@@ -79,14 +79,21 @@ def run(arguments: list[str]) -> int:
         folder = create_run(config, given.out, find_config(given.config).stem)
     else:
         folder = given.out
-    trainer = Trainer(config, dataset, folder, device)
-    progress = make_progress()
-    start = f"resuming at step {trainer.step_number}" if trainer.step_number else "starting"
-    progress.note(
-        f"{folder}: {start} · {trainer.model.num_parameters():,} parameters · "
-        f"{dataset.train_tokens:,} training tokens · {device} · {config.training.precision}"
-    )
-    print(json.dumps(trainer.train(progress)))
+    with occupy(folder):
+        try:
+            trainer = Trainer(config, dataset, folder, device)
+        except UserError:
+            if stored is None:
+                discard_run(folder)
+            raise
+        progress = make_progress()
+        start = f"resuming at step {trainer.step_number}" if trainer.step_number else "starting"
+        progress.note(
+            f"{folder}: {start} · {trainer.model.num_parameters():,} parameters · "
+            f"{dataset.train_tokens:,} training tokens · {device} · {config.training.precision}"
+        )
+        result = trainer.train(progress)
+    print(json.dumps(result))
     return 0
 
 

@@ -80,7 +80,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        elapsed = time.perf_counter() - self._start
+        elapsed = self._now() - self._start
         yield
         self._start = time.perf_counter() - elapsed
 
@@ -132,13 +132,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _to_line(values: dict[str, Any]) -> str:
-    """JSON has no NaN and no infinity: they become null."""
-    finite = {
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become None."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
     }
-    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _to_line(values: dict[str, Any]) -> str:
+    return json.dumps(finite(values), allow_nan=False) + "\n"
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -5,6 +5,9 @@ runs/<name>/  config.yaml  metrics.jsonl  samples.txt  loss.png  checkpoints/
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from almostgpt.config import Config, flatten, load_config, resolve, to_yaml
@@ -49,6 +52,27 @@ def _numbered(wanted: Path) -> Path:
             number += 1
 
 
+@contextmanager
+def occupy(run: Path) -> Iterator[None]:
+    """Keeps a second process out of the run: both would write the same metrics and checkpoints.
+
+    The lock is the operating system's and ends with the process, however that ends.
+    """
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training in this run") from None
+        yield
+
+
+def discard_run(run: Path) -> None:
+    """Removes a run folder in which nothing was begun."""
+    for name in (".lock", "config.yaml"):
+        (run / name).unlink(missing_ok=True)
+    run.rmdir()
+
+
 def stored_config(run: Path) -> Config:
     """The resolved configuration that a run was started with."""
     if not (run / "config.yaml").is_file():
@@ -66,7 +90,7 @@ def resume_config(stored: Config, wanted: Config) -> Config:
     """
     before, after = flatten(stored), flatten(wanted)
     refused = [
-        f"  {key}: the run has {before[key]!r}, now {after[key]!r} was asked for"
+        f"  {key}: the run has {before[key]!r}, now {after[key]!r} is asked for"
         for key in before
         if before[key] != after[key] and key not in RESUMABLE
     ]

@@ -22,6 +22,7 @@ from almostgpt.model import GPT
 from almostgpt.training.metrics import (
     MetricsFile,
     Stopwatch,
+    finite,
     flops_per_token,
     memory_bytes,
     peak_flops,
@@ -113,12 +114,13 @@ class Trainer:
                                 self.last["val_loss"] = self.validation_loss()
                             metrics.write(self._line(evaluating))
                             self._show(progress)
-                    with clock.paused():
-                        if _due(step, training.sample_every):
+                    if _due(step, training.sample_every):
+                        with clock.paused():
                             progress.note(self._sample(step))
-                        if final or _due(step, self.config.checkpoint.every):
+                    if final or _due(step, self.config.checkpoint.every):
+                        with clock.paused():
                             self.save()
-                            saved = step
+                        saved = step
                 if self.step_number > saved:  # a signal came between two checkpoints
                     self.save()
         finally:
@@ -223,9 +225,7 @@ class Trainer:
 
     def _next_batch(self, loader: TokenLoader) -> tuple[Tensor, Tensor]:
         ids, targets = loader.next_batch()
-        if (
-            self.device.type == "cuda"
-        ):  # pinned memory lets the copy overlap with the kernels before it
+        if self.device.type == "cuda":  # from pinned memory the copy overlaps with earlier kernels
             ids, targets = ids.pin_memory(), targets.pin_memory()
         return ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
@@ -293,7 +293,7 @@ class Trainer:
             state={
                 "step": self.step_number,
                 "seconds": self.seconds,
-                "last": {k: None if v != v else v for k, v in self.last.items()},
+                "last": finite(self.last),
                 "data": self.dataset.fingerprint,
                 "loader": self.loader.state_dict(),
                 "scaler": self.scaler.state_dict(),

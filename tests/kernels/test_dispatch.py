@@ -158,6 +158,6 @@ def test_a_library_that_does_not_load_is_a_warning(tmp_path):
 
 def test_build_info():
     info = kernels.build_info()
-    assert set(info) == {"path", "error", "cuda", "archs", "torch", "compiler"}
+    assert set(info) == {"path", "error", "cuda", "archs", "torch", "compiler", "plan"}
     if info["error"] is None:
         assert info["compiler"] and info["torch"]

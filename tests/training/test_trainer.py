@@ -19,6 +19,7 @@ from almostgpt import checkpoint, load
 from almostgpt.cli.main import main
 from almostgpt.errors import UserError
 from almostgpt.training import trainer as trainer_module
+from almostgpt.training.run import occupy
 
 TINY = {
     "model.block_size": 16,
@@ -187,6 +188,13 @@ def test_resume_refuses_other_data(text, capsys):
     assert "the data is not what" in capsys.readouterr().err
 
 
+def test_a_second_process_is_kept_out(finished_run, capsys):
+    with occupy(finished_run):
+        assert train("--out", str(finished_run), "--resume") == 2
+    assert "another process is training" in capsys.readouterr().err
+    assert train("--out", str(finished_run), "--resume") == 0
+
+
 # ---------------------------------------------------------------- killed
 
 
@@ -277,7 +285,9 @@ def test_killed_while_writing(text, whole, function, number):
     killed_then_resumed_equals_whole(text, whole, kill_at_call(function, number))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_cleanly(text, number):
     steps = {"training.steps": 100_000, "schedule.decay_steps": 40, "checkpoint.every": 10**6}
     process = start(options(text, "stopped", **steps))
@@ -490,7 +500,8 @@ def test_compiled_training_follows_eager(text):
 
 def test_too_little_text_and_a_wrong_device_are_named(text, capsys):
     assert train(*options(text, "run", **{"model.block_size": 5000})) == 2
-    assert "block_size" in capsys.readouterr().err
+    assert "the val split is too small" in capsys.readouterr().err
+    assert not Path("run").exists()  # nothing was begun
     assert train(*options(text, "run2", **{"device": "cuda:99"})) == 2
     assert "cuda:99" in capsys.readouterr().err
     assert train(*options(text, "run3", **{"model.vocab_size": 3})) == 2
