@@ -177,8 +177,13 @@ build() {
 
 # ------------------------------------------------------------------------------ the stages
 
+# Begins as a console script does, without this folder in sys.path: there transformers would take
+# the folder kernels/ for the package of that name.
+readonly console='import sys; del sys.path[0]; '
+
 run_pytest() { # run_pytest SECONDS NAME ARGUMENTS...
-  step "$1" "$2" "$python" -m pytest --color=no "${@:3}"
+  step "$1" "$2" "$python" -c "$console import pytest; sys.exit(pytest.console_main())" \
+    --color=no "${@:3}"
 }
 
 stage_conformance() {
@@ -208,7 +213,7 @@ conformance_program() {
 stage_tests() {
   if [[ -z $gpu ]]; then leave_out "tests/gpu: they need a GPU and skip themselves"; fi
   # The project's own options leave out the slow ones.
-  run_pytest 400 "tests" tests -m "slow or not slow" -q -rs --durations=15 \
+  run_pytest 400 "tests" tests -m "slow or not slow" -q -rfEs --durations=15 \
     --junitxml="$out/tests.xml" || true
 }
 
@@ -267,7 +272,7 @@ train_shortly() {
   fi
   rm -rf "$run"
   ALMOSTGPT_CACHE="$PWD/build/gpu-report-cache" step 200 "training run" \
-    "$python" -c 'import sys; from almostgpt.cli.main import train_main; sys.exit(train_main())' \
+    "$python" -c "$console from almostgpt.cli.main import train_main; sys.exit(train_main())" \
     "${options[@]}" || return
   cp "$run/metrics.jsonl" "$out/training.jsonl"
   note "training: $(tail -n 1 "$out/training.jsonl")"

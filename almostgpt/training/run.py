@@ -30,7 +30,7 @@ RESUMABLE = {
 def create_run(config: Config, out: Path | None, name: str) -> Path:
     """Makes the folder ``out``, or ``runs/<name>`` (``-2``, ``-3`` … when it exists), with config.yaml."""
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or _visible(out)):
             hint = "; add --resume to continue it" if (out / "config.yaml").exists() else ""
             raise UserError(f"--out {out}: exists and is not empty{hint}, or name another folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -39,6 +39,11 @@ def create_run(config: Config, out: Path | None, name: str) -> Path:
         run = _numbered(Path("runs") / name)
     write_text(run / "config.yaml", to_yaml(config))
     return run
+
+
+def _visible(folder: Path) -> bool:
+    """Whether it holds anything but the hidden left-overs of a process killed at its very start."""
+    return any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _numbered(wanted: Path) -> Path:

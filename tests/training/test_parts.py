@@ -186,6 +186,10 @@ def test_run_folders_are_numbered_and_never_reused(tmp_path, monkeypatch):
     assert stored_config(tmp_path / "runs/mine-2") == config
     with pytest.raises(UserError, match="add --resume"):
         create_run(config, tmp_path / "runs/mine", "mine")
+    killed_at_its_start = tmp_path / "killed"
+    killed_at_its_start.mkdir()
+    (killed_at_its_start / ".config.yaml.0.partial").write_text("mod")
+    assert create_run(config, killed_at_its_start, "mine") == killed_at_its_start
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not empty"):
         create_run(config, tmp_path / "file", "mine")

@@ -277,7 +277,7 @@ def test_killed_at_any_moment(text, whole, lines, delay):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "function, number",
-    [("os.fsync", n) for n in (3, 14, 17, 25, 31)]
+    [("os.fsync", n) for n in (11, 14, 17, 25, 31)]
     + [("os.rename", n) for n in (2, 3)]
     + [("os.replace", 9)],
 )
