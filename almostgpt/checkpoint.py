@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from almostgpt.config import Config, load_config, resolve, to_yaml
+from almostgpt.config import Config, resolve
+from almostgpt.config_file import load_config, to_yaml
 from almostgpt.data.tokenizer import Tokenizer, load_tokenizer
 from almostgpt.errors import UserError
 from almostgpt.files import fsync_folder, sha256_of, write_text

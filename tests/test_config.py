@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from almostgpt.config import (
-    PRESETS,
-    Config,
-    GPTConfig,
-    coerce,
-    flatten,
-    load_config,
-    overlay,
-    resolve,
-    to_yaml,
-)
+from almostgpt.config import Config, GPTConfig, flatten, overlay, resolve
+from almostgpt.config_file import PRESETS, coerce, load_config, to_yaml
 from almostgpt.errors import UserError
 
 
@@ -72,7 +63,7 @@ def test_damaged_files(tmp_path, text, expected):
 def test_base_is_found_beside_the_file_and_overridden_by_it(tmp_path):
     write(tmp_path, "base: shakespeare-char-cpu\nmodel: {n_layer: 9, n_embd: 64}", "base.yaml")
     config = load_config(write(tmp_path, "base: base.yaml\nmodel: {n_layer: 2}"))
-    assert (config.model.n_layer, config.model.n_embd, config.model.position) == (2, 64, "learned")
+    assert (config.model.n_layer, config.model.n_embd, config.model.norm) == (2, 64, "layernorm")
     assert config.training.batch_size == 12  # from the preset at the bottom
 
 

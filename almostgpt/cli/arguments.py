@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from almostgpt.config import Config, coerce
+from almostgpt.config import Config
+from almostgpt.config_file import coerce
 
 # A whole configuration as options without a prefix, its booleans with a value like every other setting.
 Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]

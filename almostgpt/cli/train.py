@@ -9,14 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from almostgpt.cli.arguments import Settings, parse
-from almostgpt.config import (
-    Config,
-    find_config,
-    overlay,
-    read_settings,
-    resolve,
-    to_yaml,
-)
+from almostgpt.config import Config, overlay, resolve
+from almostgpt.config_file import find_config, read_settings, to_yaml
 from almostgpt.data.dataset import Dataset
 from almostgpt.data.prepare import cached_dataset
 from almostgpt.device import pick_device

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from almostgpt.config import Config, flatten, load_config, resolve, to_yaml
+from almostgpt.config import Config, flatten, resolve
+from almostgpt.config_file import load_config, to_yaml
 from almostgpt.errors import UserError
 from almostgpt.files import write_text
 

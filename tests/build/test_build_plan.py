@@ -57,7 +57,9 @@ def test_on_builds_with_any_torch_and_off_with_none():
 def test_auto_says_what_to_do_where_nvcc_does_not_fit_torch(nvcc, found):
     with pytest.raises(BuildError) as error:
         plan(CUDA, nvcc=nvcc, gpus=("9.0",))
-    without_gpu = plan(CUDA, nvcc=nvcc)  # a laptop with PyPI's torch: it installs, and says the same
+    without_gpu = plan(
+        CUDA, nvcc=nvcc
+    )  # a laptop with PyPI's torch: it installs, and says the same
     assert without_gpu.native and not without_gpu.cuda
     for part in ("CUDA 13.0", found, "CUDA 13 toolkit", "CUDA_HOME", "ALMOSTGPT_CUDA=OFF"):
         assert part in str(error.value) and part in without_gpu.message

@@ -11,7 +11,8 @@ import yaml
 
 from almostgpt.cli.generate import decode_stream
 from almostgpt.cli.main import COMMANDS, main, train_main
-from almostgpt.config import Config, flatten, load_config, resolve
+from almostgpt.config import Config, flatten, resolve
+from almostgpt.config_file import load_config
 from almostgpt.data.tokenizer import ByteTokenizer
 
 
@@ -31,7 +32,13 @@ def text(tmp_path) -> Path:
 @pytest.fixture
 def trained(text, capsys) -> Path:
     """A model of a few steps, on bytes, so that characters are cut between tokens."""
-    arguments = ["train", "--out=run", f"--data.path={text}", "--data.tokenizer=byte", "--device=cpu"]
+    arguments = [
+        "train",
+        "--out=run",
+        f"--data.path={text}",
+        "--data.tokenizer=byte",
+        "--device=cpu",
+    ]
     sizes = {"block-size": 16, "n-layer": 1, "n-head": 2, "n-embd": 16}
     arguments += [f"--model.{key}={value}" for key, value in sizes.items()]
     assert main([*arguments, "--training.steps=3", "--training.batch-size=2"]) == 0
@@ -194,7 +201,9 @@ def test_samples_differ_and_options_reach_the_sampler(trained, capsys):
     one = capsys.readouterr().out
     assert generate("--prompt=to", "--temperature=0", "--max-tokens=20") == 0
     assert capsys.readouterr().out == one  # the most likely token alone is greedy
-    assert generate("--prompt=to", "--top-k=None", "--top-p=None", "--max-tokens=20", "--seed=0") == 0
+    assert (
+        generate("--prompt=to", "--top-k=None", "--top-p=None", "--max-tokens=20", "--seed=0") == 0
+    )
     assert capsys.readouterr().out != one
 
 

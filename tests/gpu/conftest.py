@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from almostgpt.config import load_config, overlay, resolve
+from almostgpt.config import overlay, resolve
+from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
 from almostgpt.data.tokenizer import load_tokenizer
 from almostgpt.training.trainer import Trainer

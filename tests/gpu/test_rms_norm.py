@@ -111,4 +111,3 @@ def test_compiles_whole():
     compiled(x, weight).sum().backward()
     assert torch.isfinite(x.grad).all()
     assert kernels.explain("rms_norm", x, weight).backend == "cuda"
-

@@ -118,7 +118,7 @@ def test_a_run_writes_what_it_promises(text, capsys):
 
 def test_validation_loss_is_the_mean_over_the_same_batches(text):
     """Recomputed from the checkpoint, batch by batch, without the trainer's loop."""
-    from almostgpt.config import load_config
+    from almostgpt.config_file import load_config
     from almostgpt.data.loader import TokenLoader
     from almostgpt.data.prepare import cached_dataset
 
