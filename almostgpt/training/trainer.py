@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -64,6 +66,10 @@ class Trainer:
         self.config, self.dataset, self.run, self.device = config, dataset, run, device
         if config.training.precision == "fp16" and device.type == "mps":
             raise UserError("training.precision=fp16 has no loss scaling on mps; use bf16 or fp32")
+        if config.training.compile and device.type == "cpu" and not _has_cpp_compiler():
+            raise UserError(
+                "training.compile needs a C++ compiler on a CPU; install g++ or leave it off"
+            )
         torch.manual_seed(config.seed)  # weights and dropout
         self.model = GPT(config.model).to(device)
         self.forward = torch.compile(self.model) if config.training.compile else self.model
@@ -92,7 +98,20 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; the weights are those before it.
+            UserError: the device's memory does not hold a step.
         """
+        try:
+            self._loop(progress)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {self.device} in step {self.step_number + 1}: lower "
+                "training.batch_size and raise training.accumulate by the same factor, or set "
+                "model.gradient_checkpointing"
+            ) from error
+        plot_loss(read_metrics(self.run / "metrics.jsonl"), self.run / "loss.png", self.run.name)
+        return self.result()
+
+    def _loop(self, progress: PlainProgress) -> None:
         training = self.config.training
         clock = Stopwatch(self.device)
         saved = logged = self.step_number
@@ -125,8 +144,6 @@ class Trainer:
                     self.save()
         finally:
             metrics.close()
-        plot_loss(read_metrics(self.run / "metrics.jsonl"), self.run / "loss.png", self.run.name)
-        return self.result()
 
     def _measure(
         self, loss: Tensor, norm: Tensor, lr: float, *, steps: int, seconds: float
@@ -321,6 +338,10 @@ class Trainer:
         self.step_number = saved.state["step"]
         self.seconds = saved.state["seconds"]
         self.last = saved.state["last"]
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
 
 
 def _due(step: int, every: int) -> bool:

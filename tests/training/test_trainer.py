@@ -470,6 +470,21 @@ def test_on_a_device_a_nan_is_reported_at_the_next_log_point(text, monkeypatch, 
         assert torch.equal(value, bad[name]), name
 
 
+def test_out_of_memory_says_what_to_lower(text, monkeypatch, capsys):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", exhausted)
+    assert train(*options(text, "run")) == 2
+    assert "lower training.batch_size" in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_named(text, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(text.parent))
+    assert train(*options(text, "run", **{"training.compile": "true"})) == 2
+    assert "C++ compiler" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.02)])
 def test_mixed_precision_follows_fp32(text, precision, tolerance):
     """Clipping comes after unscaling: with a clip far below the scaled norm the losses still agree."""
