@@ -58,9 +58,7 @@ def cmake(plan: Plan, torch: Torch) -> Path:
         settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(plan.archs)
     defines = [f"-D{name}={value}" for name, value in settings.items()]
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    subprocess.run(
-        [tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True
-    )
+    subprocess.run([tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True)
     subprocess.run([tools["cmake"], "--build", folder, "-j", jobs], check=True)
     return folder / "lib" / "_C.so"
 

@@ -62,9 +62,10 @@ def _candidates() -> Iterator[Path]:
     for key in ("purelib", "platlib"):
         yield Path(sysconfig.get_path(key)) / "torch"
     try:
-        isolated = "include-system-site-packages = true" not in (
-            Path(sys.prefix) / "pyvenv.cfg"
-        ).read_text()
+        isolated = (
+            "include-system-site-packages = true"
+            not in (Path(sys.prefix) / "pyvenv.cfg").read_text()
+        )
     except OSError:
         isolated = False  # no virtual environment
     if not isolated:

@@ -75,9 +75,7 @@ def parse(text: str, arch: str) -> tuple[Kernel, ...]:
     for name, stores, loads, registers, rest in entry.findall(text):
         shared = re.search(r"(\d+) bytes smem", rest)
         spills = int(stores) + int(loads)
-        kernels.append(
-            Kernel(name, arch, int(registers), int(shared[1]) if shared else 0, spills)
-        )
+        kernels.append(Kernel(name, arch, int(registers), int(shared[1]) if shared else 0, spills))
     return tuple(kernels)
 
 

@@ -124,6 +124,7 @@ def _continue(
             top_k=given.top_k,
             top_p=given.top_p,
             seed=seed,
+            vocab_size=tokenizer.vocab_size,
         ):
             new.append(int(drawn))
             yield new[-1]

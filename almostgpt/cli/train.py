@@ -111,10 +111,13 @@ def _absolute_paths(config: Config) -> Config:
 
 
 def with_vocabulary(config: Config, dataset: Dataset) -> Config:
-    """``model.vocab_size`` from the tokenizer; a configuration may only confirm it."""
-    wanted, found = config.model.vocab_size, dataset.vocab_size
-    if wanted not in (None, found):
-        raise UserError(
-            f"model.vocab_size is {wanted}, but the tokenizer has {found} ids: leave it out"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=found))
+    """``model.vocab_size`` from the tokenizer, unless the configuration asks for more.
+
+    More is room for ids to come, or a way to measure a larger vocabulary; text is made from the
+    tokenizer's ids alone.
+    """
+    wanted, needed = config.model.vocab_size, dataset.vocab_size
+    if wanted is not None and wanted < needed:
+        raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {needed} ids")
+    model = dataclasses.replace(config.model, vocab_size=wanted or needed)
+    return dataclasses.replace(config, model=model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,7 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
     use_cache: bool = True,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next id of every sequence, (B,) int64, as soon as it is drawn.
 
@@ -48,6 +50,7 @@ def stream(
         top_k, top_p: see :func:`almostgpt.inference.sampling.sample`.
         seed: makes the draws repeatable; ``None`` draws from torch's global generator.
         use_cache: keep keys and values instead of recomputing all positions for every token.
+        vocab_size: draw ids below this alone, where the model has more than its tokenizer.
 
     Raises:
         UserError: no token to start from, an id out of the vocabulary, impossible options.
@@ -56,12 +59,20 @@ def stream(
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be 0 or above")
     _check_ids(ids, model.config.vocab_size)
-    return _steps(model, ids, max_new_tokens, temperature, top_k, top_p, seed, use_cache)
-
-
-def _steps(model, ids, max_new_tokens, temperature, top_k, top_p, seed, use_cache):
-    block_size = model.config.block_size
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _steps(model, ids, max_new_tokens, draw, use_cache, vocab_size)
+
+
+def _steps(
+    model: GPT,
+    ids: Tensor,
+    max_new_tokens: int,
+    draw: Callable[[Tensor], Tensor],
+    use_cache: bool,
+    vocab_size: int | None,
+) -> Iterator[Tensor]:
+    block_size = model.config.block_size
     cache = None
     if use_cache and ids.shape[1] < block_size:
         capacity = min(block_size, ids.shape[1] + max_new_tokens)
@@ -75,7 +86,7 @@ def _steps(model, ids, max_new_tokens, temperature, top_k, top_p, seed, use_cach
         if cache is not None and cache.length + unseen.shape[1] > block_size:
             cache = None
         logits = _last_logits(model, window if cache is None else unseen, cache)
-        new = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        new = draw(logits[:, :vocab_size])
         yield new
         unseen = new.unsqueeze(1)
         window = torch.cat([window, unseen], dim=1)[:, -block_size:]

@@ -149,8 +149,8 @@ class GPT(nn.Module):
     def generate(self, ids: Tensor, max_new_tokens: int, **options) -> Tensor:
         """Continues ids: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).
 
-        Options: ``temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True``, see
-        :func:`almostgpt.inference.generate.generate`.
+        Options: ``temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True,
+        vocab_size=None``, see :func:`almostgpt.inference.generate.stream`.
         """
         # The one arrow that points up: the method is a convenience, the room is inference/.
         from almostgpt.inference.generate import generate

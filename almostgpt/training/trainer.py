@@ -268,7 +268,12 @@ class Trainer:
         prompt = torch.randint(tokenizer.vocab_size, (1, 1), generator=generator).to(self.device)
         tokens = self.config.training.sample_tokens
         ids = self.model.generate(
-            prompt, tokens, temperature=0.8, top_k=200, seed=self.config.seed + step
+            prompt,
+            tokens,
+            temperature=0.8,
+            top_k=200,
+            seed=self.config.seed + step,
+            vocab_size=tokenizer.vocab_size,
         )
         text = f"--- step {step}\n{tokenizer.decode(ids[0].tolist())}\n"
         with open(self.run / "samples.txt", "a", encoding="utf-8") as file:

@@ -513,6 +513,15 @@ def test_compiled_training_follows_eager(text):
         assert compiled[1] == pytest.approx(eager[1], abs=2e-3)
 
 
+def test_a_model_with_more_ids_than_its_tokenizer_writes_text_all_the_same(text, capsys):
+    """At three steps all 500 ids are about equally likely, and the tokenizer knows 24."""
+    changes = {"model.vocab_size": 500, "training.steps": 3, "training.sample_every": 3}
+    assert train(*options(text, "run", **changes)) == 0
+    assert main(["generate", "--checkpoint=run", "--prompt=the", "--top-k=None", "--seed=1"]) == 0
+    model, tokenizer = load("run")
+    assert model.config.vocab_size == 500 and tokenizer.vocab_size < 30
+
+
 def test_too_little_text_and_a_wrong_device_are_named(text, capsys):
     assert train(*options(text, "run", **{"model.block_size": 5000})) == 2
     assert "the val split is too small" in capsys.readouterr().err
