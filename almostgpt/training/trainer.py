@@ -121,7 +121,7 @@ class Trainer:
                 while self.step_number < training.steps and self.stop_signal is None:
                     step = self.step_number + 1
                     lr = learning_rate(self.config, step)
-                    loss, norm = self._step(step, lr)
+                    loss, norm = self.step(step, lr)
                     self.step_number = step
                     final = step == training.steps
                     evaluating = final or _due(step, training.eval_every)
@@ -181,7 +181,7 @@ class Trainer:
         result |= {key: self.last.get(key) for key in keys}
         return result | ({"stopped_by": self.stop_signal} if self.stop_signal else {})
 
-    def _step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns its mean loss and the gradient norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr

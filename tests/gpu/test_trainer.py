@@ -17,7 +17,7 @@ def take_steps(trainer: Trainer, count: int) -> list[torch.Tensor]:
     losses = []
     for _ in range(count):
         step = trainer.step_number + 1
-        losses.append(trainer._step(step, learning_rate(trainer.config, step))[0])
+        losses.append(trainer.step(step, learning_rate(trainer.config, step))[0])
         trainer.step_number = step
     return losses
 

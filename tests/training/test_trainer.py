@@ -474,7 +474,7 @@ def test_out_of_memory_says_what_to_lower(text, monkeypatch, capsys):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", exhausted)
+    monkeypatch.setattr(trainer_module.Trainer, "step", exhausted)
     assert train(*options(text, "run")) == 2
     assert "lower training.batch_size" in capsys.readouterr().err
 
