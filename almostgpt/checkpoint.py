@@ -32,6 +32,7 @@ from torch import Tensor
 from almostgpt.config import Config, resolve
 from almostgpt.config_file import load_config, to_yaml
 from almostgpt.data.tokenizer import Tokenizer, load_tokenizer
+from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.files import fsync_folder, sha256_of, write_text
 from almostgpt.model import GPT
@@ -138,7 +139,7 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} does not list {missing[0]}" if missing else None
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         return f"{MANIFEST} is not readable"
 
 
@@ -205,7 +206,7 @@ def load(
     config = resolve(load_config(folder / CONFIG))
     model = GPT(config.model)
     load_weights(model, load_file(folder / MODEL), folder)
-    return model.to(device).eval(), load_tokenizer(folder / TOKENIZER)
+    return model.to(pick_device(str(device))).eval(), load_tokenizer(folder / TOKENIZER)
 
 
 def load_weights(model: GPT, weights: Mapping[str, Tensor], source: Path) -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from almostgpt.errors import UserError
+
+MAX_SEED = 2**64 - 1  # of torch's generators
+MAX_INT = 2**31 - 1  # of every other whole number: they count what must fit into a machine
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,7 @@ class GPTConfig:
     head_dim: int | None = None  # width of a head; null is n_embd / n_head
     n_embd: int = 384  # width of the residual stream
     mlp_ratio: float = 4.0  # hidden width of a plain feed-forward over n_embd (SwiGLU: 2/3 of it)
-    mlp_hidden: int | None = (
-        None  # hidden width of the feed-forward; null derives it from mlp_ratio
-    )
+    mlp_hidden: int | None = None  # hidden width of the feed-forward; null: from mlp_ratio
     norm_eps: float = 1e-5  # added to the variance in norms
     rope_base: float = 10000.0  # base of the rotary frequencies
     dropout: float = 0.0  # after the embedding and after each sub-block
@@ -171,6 +173,11 @@ def model_problems(model: GPTConfig) -> list[str]:
         for name in [*at_least_one, *if_given]
         if getattr(model, name) is not None and getattr(model, name) < 1
     ]
+    for name in ("mlp_ratio", "norm_eps", "rope_base"):
+        if not 0 < getattr(model, name) < math.inf:
+            problems.append(
+                f"model.{name} is {getattr(model, name)}, but must be above 0 and finite"
+            )
     if problems:
         return problems
     if model.head_dim is None and model.n_embd % model.n_head:
@@ -191,16 +198,17 @@ def model_problems(model: GPTConfig) -> list[str]:
         )
     if not 0 <= model.dropout < 1:
         problems.append(f"model.dropout is {model.dropout}, but must be in [0, 1)")
-    for name in ("mlp_ratio", "norm_eps", "rope_base"):
-        if not getattr(model, name) > 0:
-            problems.append(f"model.{name} is {getattr(model, name)}, but must be above 0")
     return problems
 
 
 def config_problems(config: Config) -> list[str]:
     """What is impossible about a configuration, each as ``section.key: reason``."""
-    problems = model_problems(config.model)
     values = flatten(config)
+    for key, value in values.items():
+        limit = MAX_SEED if key == "seed" else MAX_INT
+        if isinstance(value, int) and value > limit:
+            return [f"{key} is {value}, but must be at most {limit}"]
+    problems = model_problems(config.model)
     lowest = {
         "training.steps": 1,
         "training.batch_size": 1,

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def _base_chain(name_or_file: str | Path) -> Iterator[tuple[Path, dict]]:
         seen.append(file.resolve())
         try:
             tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{file}: not readable as YAML: {error}") from error
         tree = {} if tree is None else tree
         if not isinstance(tree, dict):
@@ -82,6 +84,10 @@ def _base_chain(name_or_file: str | Path) -> Iterator[tuple[Path, dict]]:
                 f"{file}: expected 'section: {{key: value}}', found {type(tree).__name__}"
             )
         base = tree.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise UserError(
+                f"{file}: base: expected the name of a preset or a file, found {base!r}"
+            )
         yield file, tree
         file = None if base is None else find_config(base, relative_to=file.parent)
 
@@ -162,18 +168,22 @@ def coerce(value: Any, kind: Any) -> Any:
         return value
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    if (
-        kind in (int, float)
-        and isinstance(value, (int, float, str))
-        and not isinstance(value, bool)
-    ):
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if kind is float and number == number:
-            return number
-        if kind is int and number == number and number.is_integer():
-            return int(value) if isinstance(value, int) else int(number)
+    if kind in (int, float) and not isinstance(value, bool):
+        number = _number(value)
+        if kind is float and math.isfinite(number):
+            return float(number)
+        if kind is int and math.isfinite(number) and number == int(number):
+            return int(number)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     raise ValueError(f"expected {names[kind]}, found {value!r}")
+
+
+def _number(value: Any) -> int | float:
+    """As exact as it is written: a whole number beyond 2⁵³ keeps its digits. NaN for no number."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return math.nan

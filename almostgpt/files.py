@@ -13,6 +13,11 @@ from typing import BinaryIO
 CHUNK = 1 << 20  # bytes read at a time
 
 
+def expand(path: str | Path) -> Path:
+    """``~`` as the home folder; unlike ``Path.expanduser`` it leaves an unknown user's as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def temporary_beside(path: Path) -> Path:
     """A fresh name in the folder of ``path``, so that a rename to ``path`` is atomic."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")

@@ -43,7 +43,9 @@ class Native:
 def load(path: Path) -> Native:
     """Load the library; one that is there and does not load is a warning, never a crash."""
     if not path.exists():
-        return Native(str(path), error="the native library was not built")
+        return Native(
+            str(path), error="the native library was not built (pip install -v -e . says why)"
+        )
     try:
         torch.ops.load_library(str(path))
         info = json.loads(torch.ops.almostgpt.build_info())

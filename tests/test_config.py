@@ -53,6 +53,7 @@ def test_all_problems_in_one_message_with_file_key_and_nearest_name(tmp_path):
         ("- a\n- b", "found list"),
         ("base: nowhere", "no configuration named 'nowhere'"),
         ("base: mine.yaml", "in a circle"),
+        ("base: 3", "expected the name of a preset"),
     ],
 )
 def test_damaged_files(tmp_path, text, expected):
@@ -128,6 +129,9 @@ def test_resolve_fills_what_is_derived():
         ("optimizer.lr", float("nan")),
         ("data.val_fraction", 1.0),
         ("schedule.name", "cosin"),
+        ("model.mlp_ratio", float("inf")),
+        ("model.block_size", 2**31),
+        ("seed", 2**64),
     ],
 )
 def test_impossible_values_are_refused_by_name(key, value):
@@ -141,7 +145,7 @@ def test_vocabulary_padding():
     assert GPTConfig(vocab_size=50257, vocab_multiple=1).padded_vocab_size == 50257
 
 
-@given(st.floats(allow_nan=False) | st.integers(-(2**53), 2**53))
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53))
 def test_coerce_reads_numbers_from_their_text(number):
     assert coerce(repr(number), float) == number
     assert coerce(number, float) == number
@@ -159,6 +163,7 @@ def test_coerce_reads_numbers_from_their_text(number):
         (None, int),
         ([], str),
         ("nan", float),
+        ("inf", float),
     ],
 )
 def test_coerce_refuses(value, kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -15,43 +16,37 @@ from almostgpt.config_file import coerce
 Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 T = TypeVar("T")
-_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-
 _registry = ConstructorRegistry()
+_NAMES = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}
+_BOOLEANS = {"true": True, "false": False}
 
 
 @_registry.primitive_rule
-def _boolean(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """``--training.compile true``: settings take a value like every other, not a flag."""
-    if info.type is not bool:
+def _as_in_a_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Reads a value as the YAML loader does: ``true``, ``1e4`` for a whole number, ``null``."""
+    members = typing.get_args(info.type) or (info.type,)
+    optional = type(None) in members
+    kinds = [kind for kind in members if kind is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in _NAMES:
         return None
+    kind = kinds[0]
+
+    def from_words(words: list[str]) -> Any:
+        word = words[0]
+        if optional and word.lower() in ("null", "none"):
+            return None
+        return coerce(_BOOLEANS.get(word.lower(), word) if kind is bool else word, kind)
+
+    def to_words(value: Any) -> list[str]:
+        return ["null" if value is None else str(value).lower() if kind is bool else str(value)]
+
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="{true,false}",
-        instance_from_str=lambda words: _parse_boolean(words[0]),
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: ["true" if value else "false"],
+        metavar=_NAMES[kind] + ("|null" if optional else ""),
+        instance_from_str=from_words,
+        is_instance=lambda value: (optional and value is None) or isinstance(value, (kind, int)),
+        str_from_instance=to_words,
     )
-
-
-@_registry.primitive_rule
-def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Reads ``1e4`` and ``10_000`` as the YAML loader does."""
-    if info.type is not int:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=lambda words: coerce(words[0], int),
-        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _parse_boolean(word: str) -> bool:
-    if word.lower() not in _BOOLEANS:
-        raise ValueError(f"expected true or false, found {word!r}")
-    return _BOOLEANS[word.lower()]
 
 
 def parse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 
 from almostgpt import checkpoint
 from almostgpt.cli.arguments import parse
+from almostgpt.config import MAX_SEED
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
@@ -35,11 +37,9 @@ class GenerateArguments:
     prompt: str = ""  # text to continue; an empty one starts from a random token
     max_tokens: int = 100  # tokens to add
     temperature: float = 0.8  # 0 is greedy
-    top_k: int | None = 200  # draw from the k most likely tokens; none for all
-    top_p: float | None = (
-        0.9  # draw from the fewest tokens that hold this probability; none for all
-    )
-    seed: int | None = None  # repeats the same text; none draws a new one each time
+    top_k: int | None = 200  # draw from the k most likely tokens; null: all
+    top_p: float | None = 0.9  # draw from the fewest tokens with this probability; null: all
+    seed: int | None = None  # repeats the same text; null draws a new one each time
     num_samples: int = 1  # texts to make
     interactive: bool = False  # read prompts in turn; each continues the conversation so far
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
@@ -47,7 +47,10 @@ class GenerateArguments:
 
 def run(arguments: list[str]) -> int:
     given = parse(GenerateArguments, arguments, prog="almostgpt generate", description=DESCRIPTION)
-    check_sampling(given.temperature, given.top_k, given.top_p)
+    check_sampling(given.temperature, given.top_k, given.top_p, given.seed)
+    for terminal in (sys.stdin, sys.stdout):  # a character that it cannot show ends nothing
+        if isinstance(terminal, io.TextIOWrapper):
+            terminal.reconfigure(errors="replace")
     if given.num_samples < 1 or given.max_tokens < 0:
         raise UserError("--num-samples must be at least 1, --max-tokens at least 0")
     device = pick_device(given.device)
@@ -77,7 +80,8 @@ def _converse(model: GPT, tokenizer: Tokenizer, given: GenerateArguments) -> Non
     while True:
         if not prompt:
             try:
-                prompt = input("> ")
+                print("> ", end="", file=sys.stderr, flush=True)
+                prompt = input()
             except EOFError:
                 return
         if prompt.strip() == "quit":
@@ -156,7 +160,7 @@ def _random_start(tokenizer: Tokenizer, seed: int) -> list[int]:
 
 def _seed(seed: int | None, number: int) -> int:
     """The seed of the sample ``number``: each sample differs, and each can be repeated."""
-    return torch.seed() % 2**31 if seed is None else seed + number
+    return torch.seed() % 2**31 if seed is None else (seed + number) % (MAX_SEED + 1)
 
 
 def _write(text: str) -> None:

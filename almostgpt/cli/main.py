@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 
+from almostgpt import __version__
 from almostgpt.config import not_one_of
 from almostgpt.errors import UserError
 
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
         print(HELP.format(commands="\n".join(lines)))
@@ -51,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stdout.flush()
         print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+            raise
+        print("error: out of memory: take a smaller model or training.batch_size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,16 +8,27 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from almostgpt import checkpoint
 from almostgpt.cli.arguments import Settings, parse
 from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import find_config, read_settings, to_yaml
 from almostgpt.data.dataset import Dataset
 from almostgpt.data.prepare import cached_dataset
+from almostgpt.data.tokenizer import TOKENIZERS
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
+from almostgpt.files import expand
 from almostgpt.model.gpt import part_problems
 from almostgpt.training.progress import make_progress
-from almostgpt.training.run import create_run, discard_run, occupy, resume_config, stored_config
+from almostgpt.training.run import (
+    check_is_run,
+    discard_run_folder,
+    new_run_folder,
+    occupy,
+    resume_config,
+    stored_config,
+    write_config,
+)
 from almostgpt.training.trainer import Trainer
 
 DESCRIPTION = """Trains a model and writes checkpoints, metrics.jsonl and loss.png into a run folder.
@@ -43,22 +54,29 @@ class TrainArguments:
 
 def run(arguments: list[str]) -> int:
     early = _early_arguments(arguments)
-    stored = None
+    newest = stored = None
+    base = Config()
     if early.resume:
         if early.out is None:
             raise UserError("--resume needs --out DIR, the run folder to continue")
-        stored = stored_config(Path(early.out))
+        out = expand(early.out)
+        check_is_run(out)
+        newest = checkpoint.newest(out)
+        stored = stored_config(out, newest)
+        base = overlay(base, read_settings(out / "config.yaml"))
     # What the command line does not say comes from the file; on a resumed run, from the run.
-    settings = read_settings(early.config or "quickstart") if early.config or stored is None else {}
-    default = TrainArguments(
-        settings=overlay(stored or Config(), settings), config=early.config or "quickstart"
-    )
+    preset = early.config if early.config is not None or early.resume else "quickstart"
+    if preset is not None:
+        base = overlay(base, read_settings(preset))
     given = parse(
-        TrainArguments, arguments, prog="almostgpt train", description=DESCRIPTION, default=default
+        TrainArguments,
+        arguments,
+        prog="almostgpt train",
+        description=DESCRIPTION,
+        default=TrainArguments(settings=base, config=preset or "quickstart"),
     )
     config = resolve(_absolute_paths(given.settings))
-    problems = part_problems(config.model)
-    if problems:
+    if problems := part_problems(config.model):
         raise UserError("\n".join(problems))
     if stored is not None:
         config = resume_config(stored, config)
@@ -69,31 +87,41 @@ def run(arguments: list[str]) -> int:
     device = pick_device(config.device)
     dataset = cached_dataset(config.data)
     config = with_vocabulary(config, dataset)
-    if stored is None:
-        folder = create_run(config, given.out, find_config(given.config).stem)
-    else:
-        folder = given.out
+    folder = expand(given.out) if given.out is not None else None
+    fresh = not early.resume and (folder is None or not folder.exists())
+    if not early.resume:
+        folder = new_run_folder(folder, find_config(given.config).stem)
     with occupy(folder):
         try:
-            trainer = Trainer(config, dataset, folder, device)
-        except UserError:
-            if stored is None:
-                discard_run(folder)
+            trainer = Trainer(config, dataset, folder, device, resume_from=newest)
+        except BaseException:
+            if fresh:
+                discard_run_folder(folder)
             raise
+        write_config(folder, config, new=not early.resume)
         progress = make_progress()
-        start = f"resuming at step {trainer.step_number}" if trainer.step_number else "starting"
-        progress.note(
-            f"{folder}: {start} · {trainer.model.num_parameters():,} parameters · "
-            f"{dataset.train_tokens:,} training tokens · {device} · {config.training.precision}"
-        )
+        progress.note(_headline(trainer))
         result = trainer.train(progress)
     print(json.dumps(result))
     return 0
 
 
+def _headline(trainer: Trainer) -> str:
+    config, step = trainer.config, trainer.step_number
+    if step >= config.training.steps:
+        start = f"already at step {step} of {config.training.steps}: nothing to do"
+    else:
+        start = f"resuming at step {step}" if step else "starting"
+    return (
+        f"{trainer.run}: {start} · {trainer.model.num_parameters():,} parameters · "
+        f"{trainer.dataset.train_tokens:,} training tokens · {trainer.device} · "
+        f"{config.training.precision}"
+    )
+
+
 def _early_arguments(arguments: list[str]) -> argparse.Namespace:
     """The options that decide where the defaults of all others come from."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser("almostgpt train", add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     early.add_argument("--out")
     early.add_argument("--resume", action="store_true")
@@ -104,7 +132,7 @@ def _absolute_paths(config: Config) -> Config:
     """So that the run can be continued from another folder."""
     data = config.data
     if data.path is not None:
-        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().absolute()))
+        data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
     if Path(data.tokenizer).is_dir():
         data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).absolute()))
     return dataclasses.replace(config, data=data)
@@ -120,4 +148,7 @@ def with_vocabulary(config: Config, dataset: Dataset) -> Config:
     if wanted is not None and wanted < needed:
         raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {needed} ids")
     model = dataclasses.replace(config.model, vocab_size=wanted or needed)
-    return dataclasses.replace(config, model=model)
+    data = config.data
+    if data.tokenizer in TOKENIZERS:  # a prepared folder brings its own, which is what was used
+        data = dataclasses.replace(data, tokenizer=dataset.tokenizer.name)
+    return dataclasses.replace(config, model=model, data=data)

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 from almostgpt.config import DataConfig, not_one_of
 from almostgpt.errors import UserError
-from almostgpt.files import replacing
+from almostgpt.files import expand, replacing
 
 
 class Document(NamedTuple):
@@ -31,7 +31,7 @@ def read_documents(data: DataConfig, cache: Path) -> Iterator[Document]:
     ``cache`` keeps what is downloaded. Raises ``UserError`` for whatever cannot be read, by name.
     """
     if data.path is not None:
-        return read_path(Path(data.path).expanduser())
+        return read_path(expand(data.path))
     if data.corpus not in CORPORA:
         raise UserError(f"data.corpus is {not_one_of(data.corpus, CORPORA)}")
     return CORPORA[data.corpus](cache)

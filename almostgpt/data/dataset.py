@@ -19,7 +19,7 @@ from almostgpt.data.shards import HEADER_BYTES, open_shard
 from almostgpt.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from almostgpt.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from almostgpt.errors import UserError
-from almostgpt.files import sha256_of
+from almostgpt.files import expand, sha256_of
 
 FILE_NAME = "dataset.json"
 FORMAT = 1
@@ -69,7 +69,7 @@ def open_dataset(folder: str | Path, tokenizer: str = "gpt2", *, progress: bool 
 
     Raises ``UserError`` that names the file which is missing, damaged or foreign.
     """
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of prepared data")
     if not (folder / FILE_NAME).is_file():
@@ -77,7 +77,10 @@ def open_dataset(folder: str | Path, tokenizer: str = "gpt2", *, progress: bool 
     manifest = _read_manifest(folder / FILE_NAME)
     entries = manifest["shards"]
     files = [folder / entry["file"] for entry in entries]
-    shards = [open_shard(file) for file in files]
+    try:
+        shards = [open_shard(file) for file in files]
+    except UserError as error:
+        raise UserError(f"{error}; delete {folder} and prepare the data again") from error
     for file, shard, entry in zip(files, shards, entries, strict=True):
         if len(shard) != entry["tokens"]:
             raise UserError(

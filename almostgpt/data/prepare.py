@@ -36,6 +36,7 @@ from almostgpt.data.tokenizer import (
 )
 from almostgpt.errors import UserError
 from almostgpt.files import (
+    expand,
     fsync_folder,
     replacing,
     sha256_of,
@@ -46,7 +47,7 @@ from almostgpt.files import (
 
 def cache_folder() -> Path:
     """``$ALMOSTGPT_CACHE``, by default ``~/.cache/almostgpt``. Not created here."""
-    return Path(os.environ.get("ALMOSTGPT_CACHE") or "~/.cache/almostgpt").expanduser()
+    return expand(os.environ.get("ALMOSTGPT_CACHE") or "~/.cache/almostgpt")
 
 
 def prepare(
@@ -58,7 +59,7 @@ def prepare(
     stderr. Raises ``UserError`` for text that cannot be read or encoded, for a folder that is in
     use and for a full disk, and then leaves nothing behind.
     """
-    out, cache = Path(out).expanduser(), cache or cache_folder()
+    out, cache = expand(out), cache or cache_folder()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another folder or delete it first")
     survey = survey_documents(data, cache)
@@ -72,7 +73,7 @@ def cached_dataset(data: DataConfig, cache: Path | None = None, progress: bool =
     A prepared folder in ``data.path`` is opened as it is, with its own tokenizer. Otherwise the
     cache is keyed by the content of the text, the tokenizer and the split options.
     """
-    if data.path is not None and is_prepared(Path(data.path).expanduser()):
+    if data.path is not None and is_prepared(expand(data.path)):
         dataset = open_dataset(data.path, data.tokenizer, progress=progress)
         if _names_another(data.tokenizer, dataset.tokenizer):
             own = dataset.tokenizer.name
@@ -106,6 +107,10 @@ def _prepare(
         f"{survey.characters:,} characters, {tokenizer.name} tokenizer",
         progress,
     )
+    if out.is_dir() and any(out.iterdir()) and not (out / prepared.FILE_NAME).is_file():
+        raise UserError(
+            f"{out}: incomplete: its {prepared.FILE_NAME} is missing; delete the folder and try again"
+        )
     temporary = temporary_beside(out)
     try:
         temporary.mkdir(parents=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from almostgpt.config import not_one_of
 from almostgpt.errors import UserError
-from almostgpt.files import replacing
+from almostgpt.files import expand, replacing
 
 # Not "tokenizer.json": that name belongs to the format of Hugging Face tokenizers.
 FILE_NAME = "almostgpt_tokenizer.json"
@@ -201,7 +201,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
     Raises ``UserError`` for an unknown name, a folder without a tokenizer or a damaged file, and
     for ``char``, whose vocabulary comes from a text.
     """
-    name, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    name, folder = str(name_or_folder), expand(name_or_folder)
     if name == CharTokenizer.name:
         raise UserError(
             "the char tokenizer takes its vocabulary from a text: prepare one with "

@@ -55,7 +55,7 @@ def stream(
     Raises:
         UserError: no token to start from, an id out of the vocabulary, impossible options.
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be 0 or above")
     _check_ids(ids, model.config.vocab_size)

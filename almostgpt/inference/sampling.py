@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from almostgpt.config import MAX_SEED
 from almostgpt.errors import UserError
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
     """Raises ``UserError`` for values that mean nothing."""
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}, but must be in 0 … {MAX_SEED}")
     if not temperature >= 0:
         raise UserError(f"temperature is {temperature}, but must be 0 (greedy) or above")
     if top_k is not None and top_k < 1:
@@ -33,7 +38,9 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    # From the largest down, so that however low the temperature nothing overflows.
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-10)
     if top_k is not None and top_k < logits.shape[-1]:
         smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))

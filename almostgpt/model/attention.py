@@ -37,20 +37,20 @@ class FullAttention(nn.Module):
             config.n_kv_head,
             config.head_dim,
         )
-        qkv_heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, qkv_heads * self.head_dim, bias=config.qkv_bias)
+        self.qkv_heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, self.qkv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, position: Position, start: int, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
+        qkv = self.qkv(x).view(B, T, self.qkv_heads, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         q, k = position.rotate(qk, start).split([self.n_head, self.n_kv_head], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = kernels.flash_attention(q, k, v, causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
 ATTENTIONS = {"full": FullAttention}

@@ -112,8 +112,10 @@ class GPT(nn.Module):
         Raises:
             UserError: more tokens than ``block_size``, or shapes that do not fit.
         """
-        if ids.dim() != 2:
-            raise UserError(f"ids must have the shape (batch, tokens), not {tuple(ids.shape)}")
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise UserError(
+                f"ids must have the shape (batch, at least 1 token), not {tuple(ids.shape)}"
+            )
         start = 0 if cache is None else cache.length
         T = ids.shape[1]
         if start + T > self.config.block_size:

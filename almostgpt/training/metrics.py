@@ -9,9 +9,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -98,36 +98,45 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, on the disk as soon as it is written.
+class StepLog:
+    """A JSON-lines file of what happened at which step, on the disk as soon as it is written.
 
     Opening it for step ``n`` drops the lines of later steps, which a killed process may have written
-    after its last checkpoint, and a last line that it left unfinished.
+    after its last checkpoint, and a last line that it left unfinished. With no line to keep and none
+    written there is no file.
     """
 
     def __init__(self, path: Path, step: int):
-        lines = [line for line in read_metrics(path) if line["step"] <= step]
-        write_text(path, "".join(_to_line(line) for line in lines))
-        self._file = open(path, "a", encoding="utf-8")
+        self.path = path
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            write_text(path, "".join(_to_line(line) for line in kept))
+        self._file: TextIO | None = None
 
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(_to_line(values))
-        self._file.flush()
+        try:
+            self._file = self._file or open(self.path, "a", encoding="utf-8")
+            self._file.write(_to_line(values))
+            self._file.flush()
+        except OSError as error:  # the file's own errors do not name it
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            with suppress(OSError):  # what a full disk left in the buffer was reported by write
+                self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a killed process left unfinished is passed over."""
+    """The lines of such a file; one that a killed process left unfinished is passed over."""
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and "step" in line:
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
     return lines
 

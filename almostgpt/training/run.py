@@ -1,13 +1,13 @@
 """The folder of a run: made anew, or found again for ``--resume``.
 
-runs/<name>/  config.yaml  metrics.jsonl  samples.txt  loss.png  checkpoints/
+runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  loss.png  checkpoints/
 """
 
 from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from almostgpt.config import Config, flatten, resolve
@@ -28,34 +28,39 @@ RESUMABLE = {
 }
 
 
-def create_run(config: Config, out: Path | None, name: str) -> Path:
-    """Makes the folder ``out``, or ``runs/<name>`` (``-2``, ``-3`` … when it exists), with config.yaml."""
+def discard_run_folder(run: Path) -> None:
+    """Removes a new run folder in which nothing was begun."""
+    (run / ".lock").unlink(missing_ok=True)
+    with suppress(OSError):  # somebody has put something into it: it is theirs
+        run.rmdir()
+
+
+def new_run_folder(out: Path | None, name: str) -> Path:
+    """Makes ``out``, or ``runs/<name>`` (``-2``, ``-3`` … when it exists)."""
     if out is not None:
-        if out.exists() and (not out.is_dir() or _visible(out)):
-            hint = "; add --resume to continue it" if (out / "config.yaml").exists() else ""
-            raise UserError(f"--out {out}: exists and is not empty{hint}, or name another folder")
+        _refuse_used(out)
         out.mkdir(parents=True, exist_ok=True)
-        run = out
-    else:
-        run = _numbered(Path("runs") / name)
-    write_text(run / "config.yaml", to_yaml(config))
-    return run
-
-
-def _visible(folder: Path) -> bool:
-    """Whether it holds anything but the hidden left-overs of a process killed at its very start."""
-    return any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _numbered(wanted: Path) -> Path:
+        return out
+    wanted = Path("runs") / name
+    wanted.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        run = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        run = wanted if number == 1 else wanted.with_name(f"{name}-{number}")
         try:
-            run.mkdir(parents=True)
+            run.mkdir()
             return run
         except FileExistsError:  # also when another process was a moment faster
             number += 1
+
+
+def _refuse_used(out: Path) -> None:
+    """Hidden files do not count: a process killed at its very start leaves some."""
+    used = out.exists() and (
+        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    )
+    if used:
+        hint = "add --resume to continue it, or " if (out / "config.yaml").exists() else ""
+        raise UserError(f"--out {out} exists and is not empty; {hint}name another folder")
 
 
 @contextmanager
@@ -72,20 +77,27 @@ def occupy(run: Path) -> Iterator[None]:
         yield
 
 
-def discard_run(run: Path) -> None:
-    """Removes a run folder in which nothing was begun."""
-    for name in (".lock", "config.yaml"):
-        (run / name).unlink(missing_ok=True)
-    run.rmdir()
+def write_config(run: Path, config: Config, *, new: bool) -> None:
+    """Stores the settings that the run has from now on. Call it with the run occupied."""
+    if new:
+        _refuse_used(run)  # between the look and the lock another process may have begun here
+    write_text(run / "config.yaml", to_yaml(config))
 
 
-def stored_config(run: Path) -> Config:
-    """The resolved configuration that a run was started with."""
+def stored_config(run: Path, newest_checkpoint: Path | None) -> Config:
+    """The settings that the steps so far were taken with.
+
+    They are in every checkpoint, under a checksum; before the first one, in the run's config.yaml.
+    """
+    return resolve(load_config((newest_checkpoint or run) / "config.yaml"))
+
+
+def check_is_run(run: Path) -> None:
+    """Raises ``UserError`` for a folder in which no run was started."""
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"--resume: there is no run in {run} (no config.yaml); start one without --resume"
         )
-    return resolve(load_config(run / "config.yaml"))
 
 
 def resume_config(stored: Config, wanted: Config) -> Config:

@@ -22,7 +22,7 @@ from almostgpt.device import random_state, set_random_state
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
 from almostgpt.training.metrics import (
-    MetricsFile,
+    StepLog,
     Stopwatch,
     finite,
     flops_per_token,
@@ -58,11 +58,19 @@ class Trainer:
     Args:
         config: resolved, with ``model.vocab_size`` set.
         dataset: the prepared tokens.
-        run: the run folder, with its ``config.yaml``.
+        run: the run folder; nothing is written into it before :meth:`train`.
         device: where the model lives.
+        resume_from: the checkpoint to go on from; by default the newest whole one in ``run``.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, run: Path, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        run: Path,
+        device: torch.device,
+        resume_from: Path | None = None,
+    ):
         self.config, self.dataset, self.run, self.device = config, dataset, run, device
         if config.training.precision == "fp16" and device.type == "mps":
             raise UserError("training.precision=fp16 has no loss scaling on mps; use bf16 or fp32")
@@ -70,6 +78,9 @@ class Trainer:
             raise UserError(
                 "training.compile needs a C++ compiler on a CPU; install g++ or leave it off"
             )
+        # Before the model is built: a text that is too small is an error now, not in an hour.
+        self.loader = self._loader("train")
+        self._loader("val")
         torch.manual_seed(config.seed)  # weights and dropout
         self.model = GPT(config.model).to(device)
         self.forward = torch.compile(self.model) if config.training.compile else self.model
@@ -78,8 +89,6 @@ class Trainer:
         self.guard = FiniteGuard(
             device, immediate=device.type == "cpu" or device.type not in FUSED_DEVICES
         )
-        self.loader = self._loader("train")
-        self._loader("val")  # a validation text that is too small is an error now, not in an hour
         self.tokens_per_step = (
             config.training.batch_size * config.training.accumulate * config.model.block_size
         )
@@ -89,7 +98,8 @@ class Trainer:
         self.seconds = 0.0  # spent training, over all sessions of the run
         self.last: dict[str, Any] = {}  # newest metrics
         self.stop_signal: str | None = None
-        self._restore()
+        self._restore(resume_from)
+        self._try_out()
 
     # ------------------------------------------------------------ the loop
 
@@ -115,7 +125,8 @@ class Trainer:
         training = self.config.training
         clock = Stopwatch(self.device)
         saved = logged = self.step_number
-        metrics = MetricsFile(self.run / "metrics.jsonl", self.step_number)
+        metrics = StepLog(self.run / "metrics.jsonl", self.step_number)
+        self.samples = StepLog(self.run / "samples.jsonl", self.step_number)
         try:
             with self._stop_on_signals(), progress:
                 while self.step_number < training.steps and self.stop_signal is None:
@@ -144,6 +155,7 @@ class Trainer:
                     self.save()
         finally:
             metrics.close()
+            self.samples.close()
 
     def _measure(
         self, loss: Tensor, norm: Tensor, lr: float, *, steps: int, seconds: float
@@ -176,9 +188,17 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """What the command line prints as its last line."""
-        keys = ("loss", "val_loss", "tokens_per_second", "seconds")
-        result = {"run": str(self.run), "steps": self.step_number}
-        result |= {key: self.last.get(key) for key in keys}
+        rate = (
+            self.tokens_per_step * self.last.get("step", 0) / self.seconds if self.seconds else None
+        )
+        result = {
+            "run": str(self.run),
+            "steps": self.step_number,
+            "loss": self.last.get("loss"),
+            "val_loss": self.last.get("val_loss"),
+            "tokens_per_second": rate,  # of the whole run; metrics.jsonl has each interval's
+            "seconds": self.seconds,
+        }
         return result | ({"stopped_by": self.stop_signal} if self.stop_signal else {})
 
     def step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
@@ -256,13 +276,13 @@ class Trainer:
             bad = self.step_number  # scaled down as far as that, the gradients still overflow
         if bad is not None:
             raise TrainingDiverged(
-                f"the loss or a gradient is not finite at step {bad}; no such step reached the weights, "
-                f"and the checkpoints in {self.run / 'checkpoints'} are as they were. Try a lower "
+                f"the loss or a gradient is not finite at step {bad}; that step reached neither the "
+                f"weights nor a checkpoint in {self.run}. Start a new run with a lower "
                 "optimizer.lr, a longer schedule.warmup_steps, or training.precision=fp32"
             )
 
     def _sample(self, step: int) -> str:
-        """Text from the model, also appended to samples.txt; leaves the training's random state alone."""
+        """Text from the model, also written to samples.jsonl; leaves the training's random state alone."""
         tokenizer = self.dataset.tokenizer
         generator = torch.Generator().manual_seed(self.config.seed + step)
         prompt = torch.randint(tokenizer.vocab_size, (1, 1), generator=generator).to(self.device)
@@ -275,10 +295,9 @@ class Trainer:
             seed=self.config.seed + step,
             vocab_size=tokenizer.vocab_size,
         )
-        text = f"--- step {step}\n{tokenizer.decode(ids[0].tolist())}\n"
-        with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(text)
-        return text
+        text = tokenizer.decode(ids[0].tolist())
+        self.samples.write({"step": step, "text": text})
+        return f"--- sample after step {step}\n{text}\n"
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -324,10 +343,26 @@ class Trainer:
             keep=self.config.checkpoint.keep,
         )
 
-    def _restore(self) -> None:
-        """Goes to the newest whole checkpoint of the run, if it has one."""
-        folder = checkpoint.newest(self.run)
+    def _try_out(self) -> None:
+        """One token through the model: a forced backend that cannot serve it is an error here."""
+        with torch.no_grad(), self._autocast():
+            self.model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        self.model.train()
+
+    def _check_nothing_is_lost(self) -> None:
+        """A run that logged steps beyond its first checkpoint had one: do not start it anew."""
+        logged = max((line["step"] for line in read_metrics(self.run / "metrics.jsonl")), default=0)
+        if logged > self.config.checkpoint.every:
+            raise UserError(
+                f"{self.run}: metrics.jsonl goes to step {logged}, but there is no checkpoint in "
+                "it any more; bring checkpoints/ back, or start a new run with another --out"
+            )
+
+    def _restore(self, folder: Path | None) -> None:
+        """Goes to ``folder``, or to the newest whole checkpoint of the run, if it has one."""
+        folder = folder or checkpoint.newest(self.run)
         if folder is None:
+            self._check_nothing_is_lost()
             return
         saved = checkpoint.read(folder)
         if saved.state["data"] != self.dataset.fingerprint:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import almostgpt
 from almostgpt.cli.generate import decode_stream
 from almostgpt.cli.main import COMMANDS, main, train_main
 from almostgpt.config import Config, flatten, resolve
@@ -107,6 +108,10 @@ def test_the_command_line_wins_over_the_file(capsys):
         (["generate", "--checkpoint", "nowhere"], "nowhere: no such folder"),
         (["generate", "--checkpoint", "."], "no checkpoint in it"),
         (["generate", "--checkpoint", ".", "--temperature", "-1"], "temperature"),
+        (["generate", "--checkpoint", ".", "--seed", str(2**64)], "seed"),
+        (["train", "--seed", str(2**64)], "seed"),
+        (["train", "--model.n-embd", str(10**30)], "n_embd"),
+        (["train", "--data.path", "~nobody-of-this-name/book.txt"], "book.txt"),
         (["info", "--device", "cuda:77"], "cuda:77"),
     ],
 )
@@ -134,6 +139,24 @@ def test_wrong_options_name_the_nearest(arguments, expected, capsys):
     assert end.value.code == 2
     err = capsys.readouterr().err
     assert expected in err and "Traceback" not in err
+
+
+def test_out_of_memory_on_the_host_is_one_message(text, capsys):
+    sizes = ["--model.n-layer=1", "--model.n-head=2", "--model.n-embd=2000000000", "--device=cpu"]
+    assert main(["train", f"--data.path={text}", "--out=run", *sizes]) == 2
+    err = capsys.readouterr().err
+    assert "out of memory" in err and "Traceback" not in err
+    assert not Path("run").exists()
+
+
+def test_large_whole_numbers_keep_their_digits(capsys):
+    assert main(["train", "--seed", "1234567890123456789", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 1234567890123456789
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == almostgpt.__version__
 
 
 def test_debug_shows_the_traceback():
@@ -202,19 +225,19 @@ def test_samples_differ_and_options_reach_the_sampler(trained, capsys):
     assert generate("--prompt=to", "--temperature=0", "--max-tokens=20") == 0
     assert capsys.readouterr().out == one  # the most likely token alone is greedy
     assert (
-        generate("--prompt=to", "--top-k=None", "--top-p=None", "--max-tokens=20", "--seed=0") == 0
+        generate("--prompt=to", "--top-k=none", "--top-p=null", "--max-tokens=20", "--seed=0") == 0
     )
     assert capsys.readouterr().out != one
 
 
 def test_interactive_mode_keeps_the_conversation_until_cleared(trained, capsys, monkeypatch):
     lines = iter(["to be", "or not", "clear", "to be", "quit", "never read"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
     assert generate("--interactive", "--max-tokens=4", "--temperature=0") == 0
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) >= 3
     assert next(lines) == "never read"
-    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("builtins.input", lambda: (_ for _ in ()).throw(EOFError))
     assert generate("--interactive") == 0
 
 

@@ -117,6 +117,12 @@ def test_sampled_tokens_are_among_those_kept(seed, top_k, top_p, temperature):
         assert int(drawn) in kept
 
 
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (1e-40, 1e-12, 1e-3):
+        assert int(sample(logits, temperature=temperature)) == 1
+
+
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(20_000, 3)
     drawn = sample(logits, generator=torch.Generator().manual_seed(0))

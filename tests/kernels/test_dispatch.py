@@ -148,7 +148,7 @@ def test_serves():
 
 
 def test_a_library_that_does_not_load_is_a_warning(tmp_path):
-    assert native.load(tmp_path / "_C.so").error == "the native library was not built"
+    assert "was not built" in native.load(tmp_path / "_C.so").error
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"no library")
     with pytest.warns(RuntimeWarning, match="does not load"):

@@ -313,7 +313,7 @@ def test_bad_calls_are_named():
         model(random_ids(1, 7), cache=cache)
     with pytest.raises(UserError, match="targets have the shape"):
         model(random_ids(1, 8), random_ids(1, 7))
-    with pytest.raises(UserError, match="batch, tokens"):
+    with pytest.raises(UserError, match="batch, at least 1 token"):
         model(random_ids(8))
     with pytest.raises(UserError, match="did you mean gpt2-xl"):
         GPT.from_preset("gpt2xl")

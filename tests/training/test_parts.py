@@ -12,7 +12,14 @@ from almostgpt import GPT, GPTConfig
 from almostgpt.config import Config, OptimizerConfig, flatten, overlay, resolve
 from almostgpt.errors import UserError
 from almostgpt.training import metrics, optimizer
-from almostgpt.training.run import RESUMABLE, create_run, resume_config, stored_config
+from almostgpt.training.run import (
+    RESUMABLE,
+    check_is_run,
+    new_run_folder,
+    resume_config,
+    stored_config,
+    write_config,
+)
 from almostgpt.training.schedule import learning_rate
 
 
@@ -149,14 +156,14 @@ def test_flops_per_token_counts_every_matrix_product():
 
 def test_metrics_are_json_and_cut_at_the_step_resumed_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = metrics.MetricsFile(path, 0)
+    file = metrics.StepLog(path, 0)
     for step in (1, 10, 20):
         file.write({"step": step, "loss": float("nan") if step == 10 else 1.5})
         assert json.loads(path.read_text().splitlines()[-1])["step"] == step  # flushed line by line
     file.close()
     with open(path, "a") as torn:
         torn.write('{"step": 21, "lo')
-    metrics.MetricsFile(path, 10).close()
+    metrics.StepLog(path, 10).close()
     assert metrics.read_metrics(path) == [{"step": 1, "loss": 1.5}, {"step": 10, "loss": None}]
 
 
@@ -181,20 +188,31 @@ def test_peaks_are_matched_by_name(monkeypatch):
 def test_run_folders_are_numbered_and_never_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(Config())
-    names = [create_run(config, None, "mine").as_posix() for _ in range(3)]
+    names = [new_run_folder(None, "mine").as_posix() for _ in range(3)]
     assert names == ["runs/mine", "runs/mine-2", "runs/mine-3"]
-    assert stored_config(tmp_path / "runs/mine-2") == config
+    run = tmp_path / "runs/mine"
+    write_config(run, config, new=True)
+    assert stored_config(run, None) == config
     with pytest.raises(UserError, match="add --resume"):
-        create_run(config, tmp_path / "runs/mine", "mine")
+        new_run_folder(run, "mine")
+    with pytest.raises(UserError, match="add --resume"):  # another process was there in between
+        write_config(run, config, new=True)
     killed_at_its_start = tmp_path / "killed"
     killed_at_its_start.mkdir()
     (killed_at_its_start / ".config.yaml.0.partial").write_text("mod")
-    assert create_run(config, killed_at_its_start, "mine") == killed_at_its_start
+    assert new_run_folder(killed_at_its_start, "mine") == killed_at_its_start
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not empty"):
-        create_run(config, tmp_path / "file", "mine")
+    with pytest.raises(UserError, match="name another folder"):
+        new_run_folder(tmp_path / "file", "mine")
     with pytest.raises(UserError, match="there is no run"):
-        stored_config(tmp_path / "nowhere")
+        check_is_run(tmp_path / "nowhere")
+
+
+def test_a_dangling_runs_folder_is_an_error_and_no_endless_loop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted" / "disk")
+    with pytest.raises(OSError, match="runs"):
+        new_run_folder(None, "mine")
 
 
 @pytest.mark.parametrize("key", sorted(flatten(Config())))

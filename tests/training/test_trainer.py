@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from almostgpt import checkpoint, load
+from almostgpt import checkpoint, kernels, load
 from almostgpt.cli.main import main
 from almostgpt.errors import UserError
 from almostgpt.training import trainer as trainer_module
@@ -69,11 +69,9 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished_run(whole, text) -> Path:
-    """A copy of the uninterrupted run, as if its text were this test's."""
+    """A copy of the uninterrupted run; its text is where it was."""
     run = text.parent / "run"
     shutil.copytree(whole, run)
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(whole.parent), str(text.parent)))
     return run
 
 
@@ -108,7 +106,9 @@ def test_a_run_writes_what_it_promises(text, capsys):
         )  # no MFU on a CPU
     assert result["val_loss"] == lines[-1]["val_loss"] < lines[1]["val_loss"] < 4
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert Path("run/samples.txt").read_text().count("--- step") == 2
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [20, 40]
+    assert all(len(sample["text"]) == 13 for sample in samples)  # a random start and 12 characters
     kept = sorted(path.name for path in Path("run/checkpoints").iterdir())
     assert kept == ["step-00000035", "step-00000040"]
     assert "step 40/40" in err
@@ -186,6 +186,57 @@ def test_resume_refuses_other_data(text, capsys):
     text.write_text(text.read_text() + "the dog")
     assert train("--out", "run", "--resume", "--training.steps=5") == 2
     assert "the data is not what" in capsys.readouterr().err
+
+
+def test_an_extended_run_that_was_killed_keeps_its_new_length(text):
+    """The accepted change is stored at once, so the next --resume needs no repeating of it."""
+    assert train(*options(text, "run", **{"training.steps": 3})) == 0
+    process = start(["--out", "run", "--resume", "--training.steps=100000"])
+    wait_for_lines(process, "run", 6)
+    process.kill()
+    process.communicate()
+    from almostgpt.config_file import load_config
+
+    assert load_config("run/config.yaml").training.steps == 100_000
+
+
+def test_an_edited_config_file_is_refused_where_it_matters(finished_run, capsys):
+    path = finished_run / "config.yaml"
+    original = path.read_text()
+    path.write_text(original.replace("dropout: 0.1", "dropout: 0.5"))
+    assert train("--out", str(finished_run), "--resume", "--training.steps=50") == 2
+    assert "model.dropout: the run has 0.1, now 0.5" in capsys.readouterr().err
+    path.write_text("")
+    assert train("--out", str(finished_run), "--resume", "--training.steps=50") == 2
+    assert "model.n_embd: the run has 32" in capsys.readouterr().err
+    path.write_text(original.replace("log_every: 1", "log_every: 5"))  # this may be edited
+    assert train("--out", str(finished_run), "--resume", "--training.steps=45") == 0
+    assert losses(finished_run)[-1][0] == 45
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(finished_run, capsys):
+    before = losses(finished_run)
+    shutil.rmtree(finished_run / "checkpoints")
+    assert train("--out", str(finished_run), "--resume") == 2
+    assert "metrics.jsonl goes to step 40" in capsys.readouterr().err
+    assert losses(finished_run) == before
+
+
+def test_resuming_keeps_one_sample_a_step(text):
+    sampling = {"training.sample_every": 5, "training.steps": 18, "schedule.decay_steps": 40}
+    assert train(*options(text, "run", **sampling)) == 0
+    for folder in sorted(Path("run/checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)  # back to step 14
+    assert train("--out", "run", "--resume") == 0
+    lines = Path("run/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15]
+
+
+def test_a_forced_backend_that_cannot_serve_begins_no_run(text, capsys):
+    with kernels.use_backend("cuda"):
+        assert train(*options(text, "run")) == 2
+    assert "forced" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_a_second_process_is_kept_out(finished_run, capsys):
@@ -453,8 +504,8 @@ def test_on_a_device_a_nan_is_reported_at_the_next_log_point(text, monkeypatch, 
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", poisoned)
     original_init = trainer_module.Trainer.__init__
 
-    def remember(self, *args):
-        original_init(self, *args)
+    def remember(self, *args, **kwargs):
+        original_init(self, *args, **kwargs)
         models.append(self.model)
 
     monkeypatch.setattr(trainer_module.Trainer, "__init__", remember)
