@@ -16,6 +16,7 @@ from torch import Tensor
 
 from almostgpt import checkpoint
 from almostgpt.config import Config
+from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
 from almostgpt.data.loader import TokenLoader
 from almostgpt.device import random_state, set_random_state
@@ -352,7 +353,7 @@ class Trainer:
     def _check_nothing_is_lost(self) -> None:
         """A run that logged steps beyond its first checkpoint had one: do not start it anew."""
         logged = max((line["step"] for line in read_metrics(self.run / "metrics.jsonl")), default=0)
-        if logged > self.config.checkpoint.every:
+        if logged and logged > load_config(self.run / "config.yaml").checkpoint.every:
             raise UserError(
                 f"{self.run}: metrics.jsonl goes to step {logged}, but there is no checkpoint in "
                 "it any more; bring checkpoints/ back, or start a new run with another --out"

@@ -222,6 +222,16 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(finished_run, caps
     assert losses(finished_run) == before
 
 
+def test_killed_before_the_first_checkpoint_and_resumed_with_more_of_them(text, whole):
+    """The steps that it logged are no sign of lost checkpoints: it was to have none so early."""
+    process = start(options(text, "run", **{"checkpoint.every": 1000, "training.steps": 100_000}))
+    wait_for_lines(process, "run", 9)
+    process.kill()
+    process.communicate()
+    assert train("--out=run", "--resume", "--checkpoint.every=7", "--training.steps=12") == 0
+    assert [line[0] for line in losses("run")] == list(range(1, 13))
+
+
 def test_resuming_keeps_one_sample_a_step(text):
     sampling = {"training.sample_every": 5, "training.steps": 18, "schedule.decay_steps": 40}
     assert train(*options(text, "run", **sampling)) == 0
