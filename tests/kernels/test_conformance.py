@@ -1,0 +1,160 @@
+"""Every device primitive does what it says, in the emulator: csrc/tests/conformance*.cu."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+GOLDEN = CSRC / "tests" / "golden"
+MODES = [("late", 0), ("early", 1), ("random", 2)]
+
+
+def build(*options):
+    """The folder of the programs; they are compiled when a source has changed."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no g++")
+    run = subprocess.run(
+        [ROOT / "scripts" / "conformance.sh", *options], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return Path(run.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def programs():
+    return build()
+
+
+@pytest.fixture(scope="session")
+def sanitized():
+    return build("--sanitize")
+
+
+def run(program, *arguments, asynchrony="late", seed=0):
+    environment = {
+        **os.environ,
+        "ALMOSTGPT_EMULATOR_ASYNC": asynchrony,
+        "ALMOSTGPT_EMULATOR_SEED": str(seed),
+    }
+    # Seconds alone; a kernel that never ends must not take the suite with it.
+    return subprocess.run(
+        [program, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def passes(done):
+    """Every case that ran is ok; returns their lines."""
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert done.returncode == 0 and not failures, "\n".join(failures) + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("asynchrony, seed", MODES)
+def test_every_case_passes(programs, asynchrony, seed):
+    lines = passes(run(programs / "conformance", asynchrony=asynchrony, seed=seed))
+    names = run(programs / "conformance", "--list").stdout.split()
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in names]
+
+
+def test_on_an_older_card_the_cases_of_hopper_are_skipped(programs):
+    lines = passes(run(programs / "conformance", "--card", "8.0"))
+    outcomes = {line.split()[1].rstrip(":"): line.split()[0] for line in lines}
+    assert outcomes["mma_bf16"] == "ok" and outcomes["tma_load_2d"] == "skipped"
+
+
+def listed_primitives():
+    """The names in the list at the top of device.cuh, and the parts of those like unpack_bf16_lo/hi."""
+    head = (CSRC / "device" / "device.cuh").read_text().split("#pragma once")[0]
+    names = set()
+    # A row is a label of up to 12 columns, or blanks where it goes on, then names.
+    for row in re.findall(r"^//   (.{12})(\S.*)$", head, re.M):
+        label, text = row
+        if label.startswith(("KERNEL", "DEVICE", "UNROLL")):
+            continue  # macros, of which every kernel has some
+        text = re.sub(r"\(.*?\)|<.*?>", " ", text)
+        for name in text.split():
+            stem, *others = name.split("/")
+            names.update([stem, *(stem[: -len(other)] + other for other in others)])
+    return names
+
+
+def test_every_primitive_is_covered(programs):
+    covered = {}
+    for line in run(programs / "conformance", "--primitives").stdout.splitlines():
+        primitive, *names = line.split()
+        covered[primitive] = names
+    listed = listed_primitives()
+    assert {"cta_sync", "unpack_bf16_hi", "setmaxnreg_inc", "launch", "TensorMap"} <= listed
+    assert not listed - set(covered), f"without a case: {sorted(listed - set(covered))}"
+    # Nor is one claimed that the sources of the cases do not call.
+    sources = "".join(path.read_text() for path in (CSRC / "tests").glob("conformance*"))
+    sources = re.sub(r'"[^"\n]*"', "", sources)
+    unused = [name for name in covered if not re.search(rf"\b{name}\b", sources)]
+    assert not unused, f"claimed, but in no case: {unused}"
+
+
+def test_every_width_of_wgmma_has_its_cases(programs):
+    text = (CSRC / "device" / "cuda" / "wgmma.inc").read_text()
+    instructions = set(re.findall(r"wgmma_(ss|rs)\((bf16|fp16), Width<(\d+)>", text))
+    names = run(programs / "conformance", "--list").stdout.split()
+    expected = {f"wgmma_{kind}_{dtype}_n{width}" for kind, dtype, width in instructions}
+    assert instructions and expected <= set(names)
+
+
+def test_a_wrong_result_is_seen(programs, tmp_path):
+    """What one run dumped is what another returns, and a changed bit fails."""
+    conformance = programs / "conformance"
+    passes(run(conformance, "--only", "mma_bf16", "--dump", tmp_path))
+    case = ("--only", "mma_bf16", "--golden", tmp_path)
+    assert passes(run(conformance, *case)) == ["ok mma_bf16"]
+    file = tmp_path / "mma_bf16.bin"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    done = run(conformance, *case)
+    assert done.returncode == 1 and "FAIL mma_bf16: record 0, byte 100" in done.stdout
+    file.unlink()
+    assert passes(run(conformance, *case)) == ["ok mma_bf16 (no golden file)"]
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no results of a GPU in csrc/tests/golden")
+def test_the_emulator_returns_what_a_gpu_returned(programs):
+    passes(run(programs / "conformance", "--golden", GOLDEN))
+
+
+def test_every_check_of_the_emulator_fires(programs):
+    if not (programs / "detectors").exists():
+        pytest.skip("csrc/tests/detectors.cpp is not there")
+    done = run(programs / "detectors")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["conformance", "detectors", "examples"])
+def test_with_sanitizers(sanitized, program):
+    if not (sanitized / program).exists():
+        pytest.skip(f"csrc/tests/{program}.cpp is not there")
+    done = run(sanitized / program, asynchrony="random", seed=3)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# For a GPU; every architecture is in scripts/check_kernels.py.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch, pattern", [("80", "conformance.cu"), ("90a", "conformance*.cu")], ids=["80", "90a"]
+)
+def test_compiles_for_a_gpu_without_warnings(tmp_path, arch, pattern):
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    command = ["nvcc", "-std=c++17", "-O3", "-I", CSRC, "-Xcompiler", "-Wall"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-t", "2"]
+    command += [*sorted((CSRC / "tests").glob(pattern)), "-o", tmp_path / "conformance"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stdout + done.stderr
+    names = subprocess.run([tmp_path / "conformance", "--list"], capture_output=True, text=True)
+    assert ("tma_load_2d" in names.stdout.split()) == (arch == "90a")
