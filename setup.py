@@ -1,4 +1,4 @@
-"""Drives CMake for the native library; everything else is in pyproject.toml.
+"""Drives CMake for the native libraries; everything else is in pyproject.toml.
 
 Settings: ALMOSTGPT_CUDA (AUTO, ON, OFF), ALMOSTGPT_CUDA_ARCHS, MAX_JOBS, ALMOSTGPT_TORCH_DIR.
 """
@@ -13,7 +13,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "almostgpt/_C.so"  # it holds no Python: one file for every version
+# The CUDA kernels, and the same on the CPU emulator. They hold no Python: one file for every version.
+LIBRARIES = ("_C", "_emulator")
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 from build_plan import BuildError, Plan, find_nvcc, plan_here  # noqa: E402
@@ -21,25 +22,28 @@ from find_torch import Torch, find_torch  # noqa: E402
 
 
 class BuildNative(build_ext):
-    """Builds ``almostgpt/_C.so``, or says in one line why not."""
+    """Builds the libraries in ``almostgpt/``, or says in one line why not."""
 
     def run(self):
         torch = find_torch()
         plan = plan_here(torch)
         print(f"almostgpt: {plan.message}", file=sys.stderr, flush=True)
-        library = Path(ROOT if self.inplace else self.build_lib) / LIBRARY
+        package = Path(ROOT if self.inplace else self.build_lib) / "almostgpt"
         if plan.native:
-            replace(library, cmake(plan, torch))
+            built = cmake(plan, torch)
+            for name in LIBRARIES:
+                replace(package / f"{name}.so", built / f"{name}.so")
         else:
-            library.unlink(missing_ok=True)  # one of an earlier install
+            for name in LIBRARIES:
+                (package / f"{name}.so").unlink(missing_ok=True)  # one of an earlier install
             self.extensions = []
 
     def get_ext_filename(self, fullname):
-        return LIBRARY
+        return fullname.replace(".", "/") + ".so"
 
 
 def cmake(plan: Plan, torch: Torch) -> Path:
-    """Configure and build; the finished library."""
+    """Configure and build; the folder of the finished libraries."""
     tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
     for name, path in tools.items():
         if path is None:
@@ -60,7 +64,7 @@ def cmake(plan: Plan, torch: Torch) -> Path:
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     subprocess.run([tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True)
     subprocess.run([tools["cmake"], "--build", folder, "-j", jobs], check=True)
-    return folder / "lib" / "_C.so"
+    return folder / "lib"
 
 
 def replace(target: Path, source: Path) -> None:
@@ -73,6 +77,6 @@ def replace(target: Path, source: Path) -> None:
 
 setup(
     packages=[*find_packages(include=["almostgpt", "almostgpt.*"]), "almostgpt.kernels"],
-    ext_modules=[Extension("almostgpt._C", sources=[], optional=True)],
+    ext_modules=[Extension(f"almostgpt.{name}", sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildNative},
 )

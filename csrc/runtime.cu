@@ -1,11 +1,9 @@
 #include "runtime.h"
 
-#include <cuda_runtime.h>
+#include "device/device.cuh"
 
 namespace almostgpt {
 
-const char* error_string(int cuda_error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(cuda_error));
-}
+const char* error_string(int error) { return device::error_string(error); }
 
 }  // namespace almostgpt

@@ -6,7 +6,7 @@ namespace almostgpt {
 
 enum class DType { float32, bfloat16, float16 };
 
-// The text of a cudaError_t that a launcher returned.
-const char* error_string(int cuda_error);
+// The text of an error that a launcher returned.
+const char* error_string(int error);
 
 }  // namespace almostgpt

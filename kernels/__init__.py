@@ -8,7 +8,8 @@ Every op has a plain PyTorch reference that runs anywhere. Faster backends (``cu
     with kernels.use_backend("reference"):             # force one; it fails rather than fall back
         y = kernels.rms_norm(x, weight)
 
-``ALMOSTGPT_BACKEND=reference`` forces a backend for a whole process.
+``ALMOSTGPT_BACKEND=reference`` forces a backend for a whole process. ``kernels.emulator`` runs the
+CUDA kernels on a CPU and finds their errors.
 """
 
 if __name__ == "kernels":
@@ -18,8 +19,9 @@ if __name__ == "kernels":
     )
 
 from almostgpt.errors import UserError
-from almostgpt.kernels import dispatch, native
+from almostgpt.kernels import dispatch, emulator, native
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
+from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 
@@ -28,8 +30,10 @@ OPS: dict[str, dispatch.Op] = {op.name: op for op in (RMS_NORM, FLASH_ATTENTION)
 __all__ = [
     "BACKENDS",
     "OPS",
+    "EmulatorError",
     "Explanation",
     "build_info",
+    "emulator",
     "explain",
     "flash_attention",
     "rms_norm",
@@ -37,22 +41,28 @@ __all__ = [
 ]
 
 
-def explain(op_name: str, *args, **kwargs) -> Explanation:
+def explain(
+    op_name: str, *args, capability: tuple[int, int] | None = None, **kwargs
+) -> Explanation:
     """Say which backend would run an op on these arguments, and why the others would not.
 
     Args:
         op_name: a name in ``OPS``, such as ``"rms_norm"``.
         *args, **kwargs: what the op itself would be called with.
+        capability: ask about a CUDA card of this compute capability and an install with every
+            CUDA kernel, such as ``(9, 0)`` for an H100, instead of what is here. The tensors may
+            then be on any device, ``"meta"`` too.
 
     Returns:
         An ``Explanation`` with ``.backend``, ``.kernel`` and ``.reasons``; ``print`` reads well.
 
     Raises:
-        UserError: unknown op, arguments the op refuses, or a forced backend that cannot serve.
+        UserError: unknown op, arguments the op refuses, a capability that is not known, or a
+            forced backend that cannot serve.
     """
     if op_name not in OPS:
         raise UserError(f"no op named {op_name!r}; the ops are {', '.join(OPS)}")
-    return OPS[op_name].explain(*args, **kwargs)
+    return OPS[op_name].explain(*args, capability=capability, **kwargs)
 
 
 def build_info() -> dict:

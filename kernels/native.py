@@ -88,9 +88,15 @@ def serves(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
 # The capability of a device never changes within a process, so torch.compile may take the answer
 # for a constant (it cannot trace the driver's query).
 @torch.compiler.assume_constant_result
-def refuse_device(index: int) -> str | None:
-    """Why no kernel of the library runs on CUDA device ``index``, or None."""
-    capability = torch.cuda.get_device_capability(index)
+def capability_of(index: int) -> tuple[int, int]:
+    """The compute capability of CUDA device ``index``."""
+    return torch.cuda.get_device_capability(index)
+
+
+def refuse(capability: tuple[int, int]) -> str | None:
+    """Why no kernel of the library runs on a GPU of this compute capability, or None."""
+    if why := NATIVE.refuse():
+        return why
     if serves(NATIVE.archs, capability):
         return None
     return (

@@ -12,7 +12,10 @@ from almostgpt.model.position import Position
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + feedforward(norm(x)).
+
+    The second sum is left to whoever comes next, which is a norm: see norm.py.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -22,6 +25,16 @@ class Block(nn.Module):
         self.feedforward = FEEDFORWARDS[config.feedforward](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, position: Position, start: int, cache: Cache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), position, start, cache))
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        position: Position,
+        start: int,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and returns what is to be added to the residual stream, and the stream: (B, T, n_embd)."""
+        x, residual = self.attention_norm(x, residual)
+        x = self.dropout(self.attention(x, position, start, cache))
+        x, residual = self.feedforward_norm(x, residual)
+        return self.dropout(self.feedforward(x)), residual

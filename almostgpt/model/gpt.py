@@ -125,11 +125,16 @@ class GPT(nn.Module):
                 "shorten the sequence"
             )
         x = self.dropout(self.position.embed(self.token_embedding(ids), start))
+        residual = None
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, self.position, start, cache, use_reentrant=False)
+                # Summed first: what enters a block is what is kept of it, one tensor and not two.
+                x = x if residual is None else x + residual
+                x, residual = checkpoint(
+                    block, x, None, self.position, start, cache, use_reentrant=False
+                )
             else:
-                x = block(x, self.position, start, cache)
+                x, residual = block(x, residual, self.position, start, cache)
         if cache is not None:
             cache.advance(T)
 
@@ -138,10 +143,11 @@ class GPT(nn.Module):
                 raise UserError(
                     f"targets have the shape {tuple(targets.shape)}, but ids {tuple(ids.shape)}"
                 )
-            logits = self._logits(self.norm(x)).flatten(0, 1)
+            logits = self._logits(self.norm(x, residual)[0]).flatten(0, 1)
             return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
-        # The norm acts on each position alone, so it needs only those that are asked for.
-        return self._logits(self.norm(x if all_logits else x[:, -1:])), None
+        if not all_logits:  # the norm acts on each position alone
+            x, residual = x[:, -1:], residual[:, -1:]
+        return self._logits(self.norm(x, residual)[0]), None
 
     def _logits(self, x: Tensor) -> Tensor:
         # The padding rows make the GEMM aligned; they are no tokens and take no part in the softmax.

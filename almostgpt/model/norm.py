@@ -1,4 +1,9 @@
-"""Normalisation of the residual stream."""
+"""Normalisation of the residual stream.
+
+A norm takes what the layer before it adds to the stream, and the stream up to there (None at the
+first); it returns the normalised sum and the sum itself, which is the stream from there on. So one
+kernel can add and normalise, and the stream is read and written once.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,13 @@ class RMSNorm(nn.Module):
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual: (..., n_embd) → norm(x + residual), x + residual."""
+        if residual is not None and residual.dtype != x.dtype:  # a float32 stream under autocast
+            x, residual = x + residual, None
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps), x
+        return kernels.rms_norm(x, self.weight, self.eps, residual=residual)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,6 +36,11 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual: (..., n_embd) → norm(x + residual), x + residual."""
+        stream = x if residual is None else x + residual
+        return super().forward(stream), stream
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}

@@ -1,36 +1,16 @@
-// What every binding needs: the stream, element types, and rows of a tensor.
+// What bindings ask of tensors: element types, shapes, and rows.
 // Torch is reached through its stable ABI only, so that one build runs under any torch >= 2.10.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "runtime.h"
 
-// Only a torch with CUDA has this symbol. Weak, it is null under one without, and the library
-// loads all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
-
 namespace almostgpt::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline void* current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "almostgpt: this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
-
-inline void check_launch(const char* op, int cuda_error) {
-  STD_TORCH_CHECK(cuda_error == 0, op, ": ", error_string(cuda_error));
-}
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -40,12 +20,6 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, op, ": ", name, " must be bfloat16, float16 or float32");
   }
-}
-
-inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
-                              const Tensor& x) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ",
-                  name, " must be on the CUDA device of x");
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {

@@ -1,5 +1,9 @@
 """The decision what an install builds: no torch, compiler or GPU takes part."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import almost_backend
@@ -125,3 +129,22 @@ def test_build_tools_are_asked_for_only_where_missing(tmp_path, monkeypatch):
         executable(tmp_path / "ninja", "")
         monkeypatch.setattr(almost_backend, "find_torch", lambda: CPU)
         assert almost_backend.native_requirements() == []
+
+
+def test_an_install_without_native_libraries_removes_those_of_an_earlier_one(tmp_path):
+    root = Path(__file__).parents[2]
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "build_backend", tmp_path / "build_backend")
+    for package in ("almostgpt", "kernels"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    libraries = [tmp_path / "almostgpt" / name for name in ("_C.so", "_emulator.so")]
+    for library in libraries:
+        library.touch()
+    env = {**os.environ, "CXX": "missing++", "ALMOSTGPT_CUDA": "AUTO"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = subprocess.run(build, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "no native library" in run.stderr
+    assert not any(library.exists() for library in libraries)

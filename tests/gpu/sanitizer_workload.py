@@ -17,7 +17,16 @@ from almostgpt import kernels
 
 
 def rms_norm() -> int:
-    shapes = [(1, 1), (3, 7), (113, 203), (5, 768), (2, 4096), (1, 65536), (700, 33), (2, 3, 130)]
+    shapes = [(1, 1), (3, 7), (113, 203), (1, 65536), (700, 33), (2, 3, 130)]  # element by element
+    shapes += [
+        (5, 16),
+        (300, 768),
+        (7, 1600),
+        (3, 4096),
+        (3, 8192),
+        (2, 16384),
+        (2, 32768),
+    ]  # vectors
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for shape, dtype in itertools.product(shapes, dtypes):
         # Copied from the host: then no kernel of torch's own random numbers is in the way.
@@ -26,9 +35,12 @@ def rms_norm() -> int:
         # A whole tensor, and rows that lie apart and start unaligned.
         for x in (wide[..., 3:].contiguous(), wide[..., 3:]):
             x = x.detach().requires_grad_()
+            residual, dy = (torch.randn(shape).to(dtype).cuda() for _ in range(2))
             y = kernels.rms_norm(x, weight)
-            torch.autograd.grad(y, (x, weight), torch.randn(shape).to(dtype).cuda())
-    return 2 * len(shapes) * len(dtypes)
+            torch.autograd.grad(y, (x, weight), dy)
+            y = kernels.rms_norm(x, weight, residual=residual.requires_grad_())
+            torch.autograd.grad(y, (x, weight, residual), (dy, residual.detach()))
+    return 4 * len(shapes) * len(dtypes)
 
 
 # An op without a CUDA kernel of ours has nothing to watch.

@@ -12,21 +12,21 @@ import torch
 from almostgpt import kernels
 from almostgpt.errors import UserError
 from almostgpt.kernels import dispatch, native
+from almostgpt.kernels.csrc import csrc_kernels
 from almostgpt.kernels.dispatch import Kernel, Op
+from almostgpt.kernels.emulator import EmulatedOps
 
 X, W = torch.randn(3, 8), torch.randn(8)
+Q = torch.randn(1, 2, 3, 4)
 
 
 def test_explain_gives_a_reason_for_every_other_backend():
     answer = kernels.explain("rms_norm", X, W)
     assert answer.backend == "reference"
     assert set(answer.reasons) == set(kernels.BACKENDS) - {"reference"}
-    assert answer.reasons["cuda"] == "x is on cpu"
-    assert answer.reasons["emulator"] == "no emulator kernel for this op"
-    assert "reference" in str(answer) and "not cuda: x is on cpu" in str(answer)
-    q = torch.randn(1, 2, 3, 4)
-    answer = kernels.explain("flash_attention", q, q, q, causal=True)
+    assert answer.reasons["cuda"] == "the tensors are on cpu"
     assert answer.reasons["triton"] == "no triton kernel for this op"
+    assert "rms_norm: reference" in str(answer) and "not cuda: the tensors are" in str(answer)
 
 
 def test_explain_refuses_what_the_op_refuses():
@@ -39,12 +39,85 @@ def test_explain_refuses_what_the_op_refuses():
 def test_a_forced_backend_never_falls_back():
     with kernels.use_backend("reference"):
         assert kernels.explain("rms_norm", X, W).backend == "reference"
-    with kernels.use_backend("cuda"), pytest.raises(UserError, match="'cuda'.*x is on cpu"):
+    with kernels.use_backend("cuda"), pytest.raises(UserError, match="'cuda'.*are on cpu"):
         kernels.rms_norm(X, W)
-    with kernels.use_backend("emulator", capability=(8, 0)):
-        with pytest.raises(UserError, match="no emulator kernel"):
-            kernels.rms_norm(X, W)
+    with kernels.use_backend("triton"), pytest.raises(UserError, match="no triton kernel"):
+        kernels.rms_norm(X, W)
     kernels.rms_norm(X, W)
+
+
+def test_some_ops_alone_are_forced():
+    with kernels.use_backend("triton", ops=["rms_norm"]):
+        with pytest.raises(UserError, match="no triton kernel"):
+            kernels.rms_norm(X, W)
+        kernels.flash_attention(Q, Q, Q)
+    with kernels.use_backend("triton", ops="flash_attention"):
+        kernels.rms_norm(X, W)
+    with pytest.raises(UserError, match="no op named 'norm'; the ops are rms_norm"):
+        with kernels.use_backend("reference", ops=["norm"]):
+            pass
+
+
+def test_of_nested_blocks_the_innermost_that_is_for_the_op_holds():
+    def backends():
+        return [
+            dispatch.forced(op) and dispatch.forced(op).backend
+            for op in ("rms_norm", "flash_attention")
+        ]
+
+    assert backends() == [None, None]
+    with kernels.use_backend("cuda"):
+        with kernels.use_backend("reference", ops=["rms_norm"]):
+            assert backends() == ["reference", "cuda"]
+            with kernels.use_backend("triton", ops=["flash_attention"]):
+                assert backends() == ["reference", "triton"]
+            with kernels.use_backend("emulator"):
+                assert backends() == ["emulator", "emulator"]
+        assert backends() == ["cuda", "cuda"]
+
+
+def op_for_cards(least: tuple[int, int]) -> Op:
+    """An op with one csrc kernel, for cards from ``least`` on."""
+
+    def refuse(card, x):
+        return None if card >= least else f"needs {least}"
+
+    return Op(
+        "rms_norm",
+        lambda x: None,
+        (
+            *csrc_kernels("on the card", refuse, lambda ops, x: ops),
+            Kernel("reference", "plain", lambda card, x: None, lambda x: "reference"),
+        ),
+    )
+
+
+def test_explain_for_a_card_that_is_not_here():
+    op = op_for_cards((9, 0))
+    for x in (X, X.to("meta")):
+        assert op.explain(x).backend == "reference"
+        assert op.explain(x, capability=(9, 0)).backend == "cuda"
+        older = op.explain(x, capability=(8, 9))
+        assert older.backend == "reference" and older.reasons["cuda"] == "needs (9, 0)"
+    with pytest.raises(UserError, match=r"capability must be one of \(8, 0\), .* not \(7, 5\)"):
+        kernels.explain("rms_norm", X, W, capability=(7, 5))
+    assert kernels.explain("rms_norm", X, W, capability=(12, 0)).backend == "cuda"
+
+
+def test_the_emulator_plays_the_card_it_is_told(monkeypatch):
+    monkeypatch.setattr(kernels.emulator, "refuse", lambda: None)
+    op = op_for_cards((8, 6))
+    with kernels.use_backend("emulator"):
+        with pytest.raises(UserError, match=r"cannot run rms_norm: needs \(8, 6\)"):
+            op(X)
+    with kernels.use_backend("emulator", capability=(9, 0)):
+        assert op(X) == EmulatedOps((9, 0))
+        with kernels.use_backend("emulator", ops=["flash_attention"], capability=(10, 0)):
+            assert op(X) == EmulatedOps((9, 0))
+    for capability in ((7, 5), (9, 1), 90, "9.0"):
+        with pytest.raises(UserError, match="capability must be one of"):
+            with kernels.use_backend("emulator", capability=capability):
+                pass
 
 
 def test_unknown_names_and_options_are_refused():
@@ -74,19 +147,21 @@ def test_environment_forces_for_a_process():
     )
     env = {**os.environ, "ALMOSTGPT_BACKEND": "cuda"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "x is on cpu" in run.stdout, run.stderr
+    assert "the tensors are on cpu" in run.stdout, run.stderr
 
 
 def test_an_unknown_name_in_the_environment_is_named_at_the_first_call():
     context = contextvars.copy_context()
-    context.run(dispatch._FORCED.set, ("nonsense", ()))  # as the variable's default would be
+    # As the variable's default would be.
+    context.run(dispatch._FORCED.set, (dispatch.Forced("nonsense"),))
     with pytest.raises(UserError, match="'nonsense'.*ALMOSTGPT_BACKEND.*cuda, triton"):
         context.run(kernels.rms_norm, X, W)
 
 
 def test_the_first_that_serves_runs_and_the_emulator_only_when_forced():
     def kernel(backend, refusal=None):
-        return Kernel(backend, backend, lambda x: refusal, lambda x: backend)
+        # The emulator's run takes the card first.
+        return Kernel(backend, backend, lambda card, x: refusal, lambda *args: backend)
 
     op = Op("op", lambda x: None, tuple(kernel(name) for name in ("emulator", "cuda", "reference")))
     assert op(1) == "cuda"
@@ -133,8 +208,13 @@ def test_compiled_code_follows_the_forced_backend():
         torch.testing.assert_close(compiled(X, W), expected)
     torch.testing.assert_close(compiled(X[:2], W), expected[:2])
     assert len(graphs) == 2  # one for each choice, none for the new shape
-    with kernels.use_backend("cuda"), pytest.raises(Exception, match="x is on cpu"):
-        compiled(X, W)
+    with kernels.use_backend("reference", ops=["rms_norm"]):
+        torch.testing.assert_close(compiled(X, W), expected)
+    with kernels.use_backend("cuda", ops=["rms_norm"]):
+        with pytest.raises(Exception, match="the tensors are on cpu"):
+            compiled(X, W)
+    with kernels.use_backend("cuda", ops=["flash_attention"]):
+        torch.testing.assert_close(compiled(X, W), expected)
 
 
 def test_serves():

@@ -9,8 +9,10 @@ from torch.library import opcheck
 
 from almostgpt import kernels
 from almostgpt.errors import UserError
+from almostgpt.kernels.rms_norm import _run_csrc
 
 FORWARD = torch.ops.almostgpt.rms_norm_forward.default
+ADD_FORWARD = torch.ops.almostgpt.add_rms_norm_forward.default
 BACKWARD = torch.ops.almostgpt.rms_norm_backward.default
 
 
@@ -19,42 +21,106 @@ def plain(x, weight, eps=1e-5):
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
+def plain_add(x, weight, residual):
+    """With a residual: the sum is rounded to x's dtype."""
+    total = x + residual
+    return plain(total, weight), total
+
+
+def op(x, weight):
+    return FORWARD(x, weight, 1e-5)[0]
+
+
+def op_add(x, weight, residual):
+    return ADD_FORWARD(x, residual, weight, 1e-5)[:2]
+
+
+def public_add(x, weight, residual):
+    return kernels.rms_norm(x, weight, residual=residual)
+
+
+def through_function(norm):
+    """The eager path of the CUDA and emulator kernels, with the ops of the CPU."""
+
+    def run(x, weight, residual=None):
+        return _run_csrc(torch.ops.almostgpt, x, weight, 1e-5, residual)
+
+    return run
+
+
+def with_gradients(norm, inputs, upstream):
+    """Outputs, then the gradient of each input."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    outputs = norm(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [dy.to(y.dtype) for y, dy in zip(outputs, upstream, strict=True)]
+    return *outputs, *torch.autograd.grad(outputs, inputs, upstream)
+
+
 def magnitudes(x, weight, dy, eps=1e-5):
     """The largest terms that y, dx and dweight are sums of: what their rounding is relative to."""
     x, weight, dy = x.double(), weight.double(), dy.double()
-    x_hat = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    scale = (dy * weight * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)).abs()
-    return (x_hat * weight).abs(), scale, (dy * x_hat).abs().reshape(-1, x.shape[-1]).sum(0)
+    rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    y, dx = (x * rstd * weight).abs(), (dy * weight * rstd).abs()
+    return y, dx, (dy * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
 
 
-def with_gradients(norm, x, weight, dy):
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = norm(x, weight)
-    return y, *torch.autograd.grad(y, (x, weight), dy.to(y.dtype))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(0, 5), max_size=2),
-    st.integers(1, 300),
-    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-    st.booleans(),
-    st.sampled_from([kernels.rms_norm, lambda x, w: FORWARD(x, w, 1e-5)[0]]),
-    st.integers(0, 2**31),
-)
-def test_error_is_within_twice_that_of_plain_maths(leading, n, dtype, wide_weight, norm, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x, dy = (torch.randn(*leading, n, generator=generator).to(dtype) for _ in range(2))
-    weight = torch.randn(n, generator=generator).to(torch.float32 if wide_weight else dtype)
-    exact = with_gradients(plain, x.double(), weight.double(), dy)
-    got = with_gradients(norm, x, weight, dy)
-    peer = with_gradients(plain, x, weight, dy)
-    for ours, same, truth, size in zip(got, peer, exact, magnitudes(x, weight, dy), strict=True):
+def within_twice_the_error_of_plain_maths(got, peer, exact, sizes):
+    for ours, same, truth, size in zip(got, peer, exact, sizes, strict=True):
         assert ours.shape == truth.shape
         if truth.numel():
             slack = 4 * torch.finfo(ours.dtype).eps * size.max()
             error = (ours.double() - truth).abs().max()
             assert error <= 2 * (same.double() - truth).abs().max() + slack
+
+
+def drawn(leading, n, dtype, wide_weight, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, residual, dy, dsum = (
+        torch.randn(*leading, n, generator=generator).to(dtype) for _ in range(4)
+    )
+    weight = torch.randn(n, generator=generator).to(torch.float32 if wide_weight else dtype)
+    return x, weight, residual, dy, dsum
+
+
+DRAWN = given(
+    st.lists(st.integers(0, 5), max_size=2),
+    st.integers(1, 300),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.booleans(),
+    st.sampled_from(range(3)),
+    st.integers(0, 2**31),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@DRAWN
+def test_error_is_within_twice_that_of_plain_maths(leading, n, dtype, wide, path, seed):
+    x, weight, _, dy, _ = drawn(leading, n, dtype, wide, seed)
+    norm = (kernels.rms_norm, op, through_function(op))[path]
+    exact = with_gradients(plain, (x.double(), weight.double()), (dy.double(),))
+    got = with_gradients(norm, (x, weight), (dy,))
+    peer = with_gradients(plain, (x, weight), (dy,))
+    within_twice_the_error_of_plain_maths(got, peer, exact, magnitudes(x, weight, dy))
+
+
+@settings(deadline=None, max_examples=60)
+@DRAWN
+def test_error_with_a_residual_is_within_twice_that_of_plain_maths(
+    leading, n, dtype, wide, path, seed
+):
+    x, weight, residual, dy, dsum = drawn(leading, n, dtype, wide, seed)
+    norm = (public_add, op_add, through_function(op_add))[path]
+    inputs, upstream = (x, weight, residual), (dy, dsum)
+    exact = with_gradients(plain_add, [t.double() for t in inputs], [t.double() for t in upstream])
+    got = with_gradients(norm, inputs, upstream)
+    peer = with_gradients(plain_add, inputs, upstream)
+    assert torch.equal(got[1], x + residual)
+    y, dx, dweight = magnitudes(x + residual, weight, dy)
+    # The sum's rounding is part of the definition, and shifts what comes after it.
+    shift = (x.double().abs() + residual.double().abs()).sum()
+    sizes = [size + shift for size in (y, y, dx + dsum.double().abs(), dweight, dx)]
+    within_twice_the_error_of_plain_maths(got, peer, exact, sizes)
 
 
 def test_output_dtypes_and_strides():
@@ -68,16 +134,34 @@ def test_output_dtypes_and_strides():
 
 
 def test_gradients_in_float64():
-    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    x, residual = (torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    for norm in (kernels.rms_norm, lambda x, w: FORWARD(x, w, 1e-5)[0]):
+    for norm in (kernels.rms_norm, op, through_function(op)):
         assert gradcheck(norm, (x, weight))
         assert gradgradcheck(norm, (x, weight))
+    for norm in (public_add, op_add, through_function(op_add)):
+        assert gradcheck(norm, (x, weight, residual))
+        assert gradgradcheck(norm, (x, weight, residual))
+
+
+@pytest.mark.parametrize("used", ["y", "sum"])
+def test_gradients_where_only_one_of_the_two_outputs_is_used(used):
+    x, residual = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    inputs, index = (x, weight, residual), ("y", "sum").index(used)
+
+    def gradients(norm):
+        loss = norm(*inputs)[index].square().sum()
+        return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+    for norm in (public_add, op_add, through_function(op_add)):
+        for got, truth in zip(gradients(norm), gradients(plain_add), strict=True):
+            torch.testing.assert_close(got, truth)
 
 
 def test_a_row_of_zeros_has_finite_gradients():
     y, dx, dweight = with_gradients(
-        kernels.rms_norm, torch.zeros(2, 4), torch.ones(4), torch.ones(2, 4)
+        kernels.rms_norm, (torch.zeros(2, 4), torch.ones(4)), (torch.ones(2, 4),)
     )
     assert (y == 0).all() and (dweight == 0).all()
     torch.testing.assert_close(dx, torch.full((2, 4), 1e-5**-0.5))
@@ -86,11 +170,13 @@ def test_a_row_of_zeros_has_finite_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5, 16), (7,), (0, 4)])
 def test_opcheck(dtype, shape):
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    x, residual, dy, dsum = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(4))
     weight = torch.randn(shape[-1], requires_grad=True)
     opcheck(FORWARD, (x, weight, 1e-5))
-    dy = torch.randn(shape, dtype=dtype, requires_grad=True)
-    opcheck(BACKWARD, (dy, x, weight, FORWARD(x, weight, 1e-5)[1].detach()))
+    opcheck(ADD_FORWARD, (x, residual, weight, 1e-5))
+    rstd = FORWARD(x, weight, 1e-5)[1].detach()
+    opcheck(BACKWARD, (dy, None, x, weight, rstd))
+    opcheck(BACKWARD, (dy, dsum, x, weight, rstd))
 
 
 def test_fakes_give_shapes_and_dtypes():
@@ -99,7 +185,9 @@ def test_fakes_give_shapes_and_dtypes():
     y, rstd = FORWARD(x, weight, 1e-5)
     assert (y.shape, y.dtype) == (x.shape, torch.float16)
     assert (rstd.shape, rstd.dtype) == ((2, 3), torch.float32)
-    dx, dweight = BACKWARD(y, x, weight, rstd)
+    y, total, rstd = ADD_FORWARD(x, x, weight, 1e-5)
+    assert (y.shape, total.shape, total.dtype) == (x.shape, x.shape, torch.float16)
+    dx, dweight = BACKWARD(y, None, x, weight, rstd)
     assert (dx.shape, dx.dtype, dweight.dtype) == (x.shape, torch.float16, torch.float32)
 
 
@@ -119,17 +207,36 @@ def test_bad_inputs_are_named(x, weight, says):
         kernels.rms_norm(x, weight)
 
 
-def test_compiles_whole_with_dynamic_shapes_forward_and_backward():
+@pytest.mark.parametrize(
+    "residual, says",
+    [
+        (torch.zeros(2, 5), r"shape of x, \(2, 4\)"),
+        (torch.zeros(2, 4, dtype=torch.float16), "float32 on cpu as x is, not torch.float16"),
+        (torch.zeros(2, 4, device="meta"), "not torch.float32 on meta"),
+    ],
+)
+def test_bad_residuals_are_named(residual, says):
+    with pytest.raises(UserError, match=says):
+        kernels.rms_norm(torch.zeros(2, 4), torch.zeros(4), residual=residual)
+
+
+@pytest.mark.parametrize("norm", [kernels.rms_norm, op, through_function(op)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_compiles_whole_with_dynamic_shapes_forward_and_backward(norm, with_residual):
     graphs = []
 
     def count(graph, _):
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(kernels.rms_norm, fullgraph=True, dynamic=True, backend=count)
+    if with_residual:
+        norm = {kernels.rms_norm: public_add, op: op_add}.get(norm, norm)
+    compiled = torch.compile(norm, fullgraph=True, dynamic=True, backend=count)
     for rows in (2, 3, 5):
-        x, weight, dy = torch.randn(rows, 8), torch.randn(8), torch.randn(rows, 8)
-        got = with_gradients(compiled, x, weight, dy)
-        for a, b in zip(got, with_gradients(kernels.rms_norm, x, weight, dy), strict=True):
+        x, residual, dy, dsum = (torch.randn(rows, 8) for _ in range(4))
+        inputs = (x, torch.randn(8), residual) if with_residual else (x, torch.randn(8))
+        upstream = (dy, dsum) if with_residual else (dy,)
+        got = with_gradients(compiled, inputs, upstream)
+        for a, b in zip(got, with_gradients(norm, inputs, upstream), strict=True):
             torch.testing.assert_close(a, b)
     assert len(graphs) == 1
