@@ -8,6 +8,7 @@ somebody else slows all of them alike; a ratio is taken within a round and its m
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import platform
 import re
@@ -132,7 +133,29 @@ def copy_bandwidth() -> float:
     return 2 * size / statistics.median(seconds)
 
 
-# ---------------------------------------------------------------- torch.compile
+# ---------------------------------------------------------------- peers
+
+
+def check_equal(results: dict[str, Sequence[torch.Tensor]]) -> None:
+    """Asserts that every peer computed the same as the first, but for rounding."""
+    (ours, expected), *others = results.items()
+    for name, tensors in others:
+        for index, (tensor, wanted) in enumerate(zip(tensors, expected, strict=True)):
+            assert tensor.dtype == wanted.dtype and tensor.shape == wanted.shape
+            difference = (tensor - wanted).float().norm() / wanted.float().norm()
+            # Peers round in other places, and add in another order.
+            allowed = 1e-5 if wanted.dtype == torch.float32 else 2e-2
+            assert difference <= allowed, (
+                f"result {index} of {name} differs from that of {ours} by {difference:.2e}"
+            )
+
+
+@functools.cache
+def liger_trouble() -> str | None:
+    """Why Liger's kernels do not run here, or None."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not installed (pip install -e '.[bench]')"
+    return None if DEVICE.type == "cuda" else "its Triton kernels need a GPU"
 
 
 @functools.cache

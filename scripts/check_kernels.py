@@ -1,26 +1,85 @@
 #!/usr/bin/env python3
-"""Compile every CUDA kernel for every architecture and check what the compiler says of it.
+"""Compile every CUDA kernel for every architecture, and check what came out, without a GPU.
 
-No GPU is needed. Fails on a register spill, and on any warning of nvcc or ptxas (C75xx among them:
-matrix instructions that the compiler had to serialise). Prints registers, static shared memory and
-spills of each kernel.
+Fails on
+  - any warning of nvcc or ptxas (C75xx among them: matrix instructions that had to be serialised);
+  - a register spill, and any other use of local memory (the instructions LDL and STL);
+  - machine code that is not as EXPECTED says, such as a copy that is not made in 16-byte pieces;
+  - an entry of EXPECTED that matches no kernel.
+
+Prints for each kernel its registers, static shared memory, bytes spilled, and how often its code
+has each instruction that moves data in bulk or multiplies matrices. Needs nvcc, c++filt (it comes
+with g++) and nvdisasm, which is in the CUDA toolkit and in the triton wheel.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHS = ("80", "90a", "100", "120")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the machine code of some kernels holds, and what it must not hold."""
+
+    kernels: str  # a regular expression for the whole of their names, as the table prints them
+    has: str = ""  # instructions, separated by blanks, as the table prints them
+    lacks: str = ""
+    archs: tuple[str, ...] = ARCHS
+
+
+EXPECTED = (
+    Expectation(r".*", lacks="LDL STL"),
+    # RMSNorm: of a row nothing moves in less than 16 bytes; only rstd is a single float.
+    Expectation(
+        r"forward_kernel<\w+, \w+, \d>", has="LDG.128 STG.128", lacks="LDG.16 LDG.32 STG.16"
+    ),
+    Expectation(
+        r"backward_kernel<\w+, \w+, \d>", has="LDGSTS LDG.128 STG.128", lacks="LDG.16 STG.16 STG.32"
+    ),
+    # The example matrix products: the ways of sm_80 and of sm_90 to the tensor cores.
+    Expectation(r"gemm_sm80_kernel<\w+>", has="LDGSTS LDSM HMMA", lacks="LDG.16 LDG.32"),
+    Expectation(
+        r"gemm_sm90_kernel<\w+>",
+        has="UTMALDG HGMMA UTMASTG",
+        lacks="LDG.16 LDG.32 HMMA STG.16",
+        archs=("90a",),
+    ),
+)
+
+# LDGSTS: cp.async. LDSM: ldmatrix. HMMA: mma.sync. HGMMA: wgmma. UTMA…: TMA, to and from shared memory.
+COUNTED = (
+    *("LDG", "STG", "LDGSTS", "LDSM", "HMMA", "HGMMA"),
+    *("UTMALDG", "UTMASTG", "UTMAREDG", "LDL", "STL"),
+)
+
+
+# The example kernels are templates in headers, which no .cu file uses: file name -> what to compile.
+INSTANTIATED = {
+    "gemm_sm80.cu": """
+        #include "tests/gemm_sm80.cuh"
+        using almostgpt::device::bf16;
+        template int almostgpt::examples::gemm_sm80(const bf16*, const bf16*, bf16*, int, int, int, void*);
+    """,
+    "gemm_sm90.cu": """
+        #include "tests/gemm_sm90.cuh"
+        using almostgpt::device::bf16;
+        template int almostgpt::examples::gemm_sm90(const bf16*, const bf16*, bf16*, int, int, int, void*);
+    """,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +89,14 @@ class Kernel:
     registers: int
     shared: int
     spills: int  # bytes stored and loaded
+    instructions: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tools:
+    nvcc: str
+    nvdisasm: str
+    filt: str
 
 
 @dataclass(frozen=True)
@@ -47,23 +114,30 @@ def archs_of(source: Path, archs: list[str]) -> list[str]:
     return [arch for arch in archs if arch == "90a" or not source.stem.endswith("_sm90")]
 
 
-def compile_one(nvcc: str, source: Path, arch: str) -> Report:
-    """Compile to machine code, which is thrown away, and read the compiler's messages."""
+def compile_one(tools: Tools, source: Path, arch: str) -> Report:
+    """Compile to machine code; read the compiler's messages and the code, and throw it away."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-O3", "-std=c++17", "-I", CSRC, f"-arch=sm_{arch}", "-Xptxas", "-v"]
-        command += ["-cubin", "-o", Path(folder) / "kernel.cubin", source]
+        cubin = Path(folder) / "kernel.cubin"
+        command = [tools.nvcc, "-O3", "-std=c++17", "-I", CSRC, f"-arch=sm_{arch}"]
+        command += ["-Xptxas", "-v", "-cubin", "-o", cubin, source]
         run = subprocess.run(command, capture_output=True, text=True)
-    text = run.stdout + run.stderr
-    kernels = parse(text, arch)
-    warning = re.compile(r"\bwarning\b|C75\d\d", re.I)
-    problems = [line.strip() for line in text.splitlines() if warning.search(line)]
+        text = run.stdout + run.stderr
+        if run.returncode != 0:
+            return Report(source, arch, (), (f"nvcc failed:\n{text.strip()}",))
+        code = subprocess.run([tools.nvdisasm, "-c", cubin], capture_output=True, text=True)
+    problems = [
+        line.strip() for line in text.splitlines() if re.search(r"\bwarning\b|C75\d\d", line, re.I)
+    ]
+    if code.returncode != 0:
+        problems.append(f"nvdisasm failed:\n{code.stderr.strip()}")
+    kernels = parse(
+        text, arch, count_instructions(code.stdout), lambda names: demangle(tools, names)
+    )
     problems += [f"{k.name} spills {k.spills} bytes" for k in kernels if k.spills]
-    if run.returncode != 0:
-        problems.append(f"nvcc failed:\n{text.strip()}")
     return Report(source, arch, kernels, tuple(problems))
 
 
-def parse(text: str, arch: str) -> tuple[Kernel, ...]:
+def parse(text: str, arch: str, instructions: dict[str, Counter], readable) -> tuple[Kernel, ...]:
     """The kernels in the messages of ``ptxas -v``."""
     entry = re.compile(
         r"Compiling entry function '(\w+)'.*?"
@@ -71,32 +145,118 @@ def parse(text: str, arch: str) -> tuple[Kernel, ...]:
         r"Used (\d+) registers([^\n]*)",
         re.S,
     )
+    found = entry.findall(text)
+    names = readable([mangled for mangled, *_ in found])
     kernels = []
-    for name, stores, loads, registers, rest in entry.findall(text):
+    for (mangled, stores, loads, registers, rest), name in zip(found, names, strict=True):
         shared = re.search(r"(\d+) bytes smem", rest)
-        spills = int(stores) + int(loads)
-        kernels.append(Kernel(name, arch, int(registers), int(shared[1]) if shared else 0, spills))
+        kernels.append(
+            Kernel(
+                name,
+                arch,
+                int(registers),
+                int(shared[1]) if shared else 0,
+                int(stores) + int(loads),
+                dict(instructions.get(mangled, {})),
+            )
+        )
     return tuple(kernels)
 
 
-def readable(names: list[str]) -> dict[str, str]:
-    """Mangled name -> name with its template arguments, where c++filt is there."""
-    if not shutil.which("c++filt"):
-        return {name: name for name in names}
-    run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
-    short = []
-    for line in run.stdout.splitlines():
-        line = re.sub(r"almostgpt::|\(anonymous namespace\)::|^void ", "", line)
-        short.append(re.sub(r"\(.*\)$", "", line))
-    return dict(zip(names, short, strict=True))
+def count_instructions(code: str) -> dict[str, Counter]:
+    """Mangled name -> how often each counted instruction stands in the code that nvdisasm prints."""
+    counts: dict[str, Counter] = {}
+    # A line is a section's head, or an address, perhaps a predicate, and an instruction:
+    #     //--------------------- .text._Z4copyPf  ----------------
+    #             /*0080*/              @!P0 LDG.E.128.CONSTANT R8, [R2.64] ;
+    line = re.compile(
+        r"^//-+ (?P<section>\S+) |^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(?P<opcode>[A-Z][\w.]+)",
+        re.M,
+    )
+    current: Counter = Counter()
+    for match in line.finditer(code):
+        if match["section"]:
+            current = Counter()
+            if match["section"].startswith(".text."):
+                counts[match["section"].removeprefix(".text.")] = current
+        elif kind := kind_of(match["opcode"]):
+            current[kind] += 1
+    return counts
+
+
+def kind_of(opcode: str) -> str | None:
+    """``LDG.128`` of ``LDG.E.NA.128.CONSTANT``; None where the instruction is not counted."""
+    name, *modifiers = opcode.split(".")
+    if name not in COUNTED:
+        return None
+    if name not in ("LDG", "STG"):
+        return name
+    widths = (re.fullmatch(r"[US]?(8|16|64|128|256)", modifier) for modifier in modifiers)
+    return f"{name}.{next((width[1] for width in widths if width), '32')}"
+
+
+def demangle(tools: Tools, names: list[str]) -> list[str]:
+    run = subprocess.run([tools.filt], input="\n".join(names), capture_output=True, text=True)
+    return [short_name(line) for line in run.stdout.splitlines()]
+
+
+def short_name(name: str) -> str:
+    """A kernel's name with its template arguments, without namespaces, ``void`` and parameters."""
+    name = re.sub(r"(\w+|\(anonymous namespace\))::|^void ", "", name)
+    return re.sub(r"(?<=[\w>])\(.*\)$", "", name)
+
+
+def unmet(kernels: list[Kernel], archs: list[str]) -> list[str]:
+    """What is not as EXPECTED says, of those architectures that were compiled."""
+    problems = []
+    for expectation in EXPECTED:
+        for arch in expectation.archs:
+            if arch not in archs:
+                continue
+            matching = [
+                k for k in kernels if k.arch == arch and re.fullmatch(expectation.kernels, k.name)
+            ]
+            if not matching:
+                problems.append(f"no kernel for sm_{arch} matches {expectation.kernels!r}")
+            for kernel in matching:
+                missing = [i for i in expectation.has.split() if i not in kernel.instructions]
+                unwanted = [i for i in expectation.lacks.split() if i in kernel.instructions]
+                where = f"{kernel.name} (sm_{arch})"
+                problems += [f"{where} has no {instruction}" for instruction in missing]
+                problems += [f"{where} has {instruction}" for instruction in unwanted]
+    return problems
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    names = readable([kernel.name for kernel in kernels])
-    width = max(len(name) for name in names.values())
-    print(f"{'kernel':{width}}  arch  registers  shared  spills")
-    for k in sorted(kernels, key=lambda k: (names[k.name], int(k.arch.rstrip("a")))):
-        print(f"{names[k.name]:{width}}  {k.arch:>4}  {k.registers:9}  {k.shared:6}  {k.spills:6}")
+    width = max(len(kernel.name) for kernel in kernels)
+    print(f"{'kernel':{width}}  arch  registers  shared  spills  instructions")
+    for k in sorted(kernels, key=lambda k: (k.name, int(k.arch.rstrip("a")))):
+        order = sorted(k.instructions, key=lambda i: (COUNTED.index(i.split(".")[0]), -len(i), i))
+        counts = " ".join(f"{instruction}:{k.instructions[instruction]}" for instruction in order)
+        print(
+            f"{k.name:{width}}  {k.arch:>4}  {k.registers:9}  {k.shared:6}  {k.spills:6}  {counts}"
+        )
+
+
+def find_tools(nvcc: str) -> Tools | str:
+    """The programs, or what is missing and where it comes from."""
+    compiler = shutil.which(nvcc)
+    if compiler is None:
+        return f"no {nvcc}; install a CUDA toolkit"
+    filt = shutil.which("c++filt") or shutil.which("cu++filt")
+    if filt is None:
+        return "no c++filt; install g++ (binutils)"
+    folders = [str(Path(compiler).resolve().parent)]
+    if triton := importlib.util.find_spec("triton"):
+        folders += [f"{path}/backends/nvidia/bin" for path in triton.submodule_search_locations]
+    disassembler = shutil.which("nvdisasm") or shutil.which(
+        "nvdisasm", path=os.pathsep.join(folders)
+    )
+    if disassembler is None:
+        return (
+            "no nvdisasm to count instructions with; it is in the CUDA toolkit and the triton wheel"
+        )
+    return Tools(compiler, disassembler, filt)
 
 
 def main() -> int:
@@ -110,21 +270,31 @@ def main() -> int:
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     parser.add_argument("--jobs", type=int, default=jobs, help="default: MAX_JOBS, or all cores")
     options = parser.parse_args()
-    nvcc = shutil.which(options.nvcc)
-    if nvcc is None:
-        print(f"check_kernels: no {options.nvcc}; install a CUDA toolkit", file=sys.stderr)
+    tools = find_tools(options.nvcc)
+    if isinstance(tools, str):
+        print(f"check_kernels: {tools}", file=sys.stderr)
         return 1
 
-    sources = sorted(CSRC.rglob("*.cu"))
-    work = [(source, arch) for source in sources for arch in archs_of(source, options.archs)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        reports = list(pool.map(lambda item: compile_one(nvcc, *item), work))
+    with tempfile.TemporaryDirectory() as folder:
+        # The tests' own kernels too: there each instruction stands by itself.
+        sources = sorted(CSRC.rglob("*.cu"))
+        for name, text in INSTANTIATED.items():
+            sources.append(Path(folder) / name)
+            sources[-1].write_text(text)
+        work = [(source, arch) for source in sources for arch in archs_of(source, options.archs)]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            reports = list(pool.map(lambda item: compile_one(tools, *item), work))
     kernels = [kernel for report in reports for kernel in report.kernels]
     if kernels:
         print_table(kernels)
-    problems = [(report, problem) for report in reports for problem in report.problems]
-    for report, problem in problems:
-        print(f"{report.source.relative_to(CSRC)} (sm_{report.arch}): {problem}", file=sys.stderr)
+    problems = [
+        f"{report.source.name} (sm_{report.arch}): {problem}"
+        for report in reports
+        for problem in report.problems
+    ]
+    problems += unmet(kernels, options.archs)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     print(f"{len(work)} compilations, {len(kernels)} kernels, {len(problems)} problems")
     return 1 if problems else 0
 

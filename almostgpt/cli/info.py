@@ -1,4 +1,4 @@
-"""``almostgpt info``: what is here, and which kernel would run each op on it."""
+"""``almostgpt info``: what is here, which kernel would run each op on it, and whether it is right."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +18,47 @@ from rich.table import Table
 import almostgpt
 from almostgpt import kernels
 from almostgpt.cli.arguments import parse
+from almostgpt.config import not_one_of
 from almostgpt.device import pick_device
+from almostgpt.errors import UserError
+from almostgpt.kernels.check import CASES, DTYPES, Case, Result, check
 
 DESCRIPTION = """Shows versions, devices, which kernels are built for which architectures, and which backend
 each op would use on this machine, with the reason why the others would not.
 
+With --check it runs the ops instead, and compares outputs and gradients with float64: an error may
+be at most twice that of the plain definition in the same dtype, plus a few ulps. On a GPU it also
+measures speed. The exit code is 1 when an error is larger.
+
 examples:
   almostgpt info
   almostgpt info --json
-  ALMOSTGPT_BACKEND=reference almostgpt info"""
+  ALMOSTGPT_BACKEND=reference almostgpt info
+  almostgpt info --check                                          every op, at modest shapes
+  almostgpt info --check --op rms_norm --shape 4096x4096 --dtype bf16
+  almostgpt info --check --op flash_attention --shape 2x12x1024x64    B x H x T x D
+  almostgpt info --check --backend emulator --capability 9.0      the CUDA kernels, on a CPU"""
 
 
 @dataclass(frozen=True)
 class InfoArguments:
     json: bool = False  # one JSON object on stdout instead of the tables
     device: str = "auto"  # the device to ask about: auto | cpu | cuda | cuda:N | mps
+    check: bool = False  # run the ops, and compare them with float64; what follows is for it
+    op: str | None = None  # the op to check; default: all
+    shape: str | None = None  # such as 4096x4096, of --op
+    dtype: str | None = None  # bf16 | fp16 | fp32; default: bf16, on a CPU fp32
+    backend: str | None = None  # the backend to check; default: the best
+    capability: str | None = None  # of the card that the emulator plays, such as 9.0
 
 
 def run(arguments: list[str]) -> int:
     given = parse(InfoArguments, arguments, prog="almostgpt info", description=DESCRIPTION)
+    if given.check:
+        return run_checks(given)
+    for option in ("op", "shape", "dtype", "backend", "capability"):
+        if getattr(given, option) is not None:
+            raise UserError(f"--{option} says what to check: it needs --check")
     report = collect(pick_device(given.device))
     if given.json:
         print(json.dumps(report))
@@ -123,3 +146,97 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"  {name}: [bold]{op['backend']}[/bold] ({op['kernel']})")
         for backend, reason in op["reasons"].items():
             console.print(f"    not {backend}: {reason}", markup=False)
+
+
+# ---------------------------------------------------------------- --check
+
+
+def run_checks(given: InfoArguments) -> int:
+    """Checks what is asked for, prints the outcome and returns the exit code."""
+    emulated = given.backend == "emulator"
+    device = pick_device("cpu" if emulated and given.device == "auto" else given.device)
+    place = "emulator" if emulated else "cuda" if device.type == "cuda" else "cpu"
+    dtype = given.dtype or ("fp32" if place == "cpu" else "bf16")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {not_one_of(dtype, DTYPES)}")
+    results, left_out = [], {}
+    with _forced_backend(given):
+        for name, case in _asked(given).items():
+            shape = case.shapes[place] if given.shape is None else _shape(given.shape)
+            try:
+                results.append(check(name, shape, dtype, device))
+            except UserError as error:
+                if given.op is not None:
+                    raise
+                left_out[name] = str(error)  # not every op has every backend
+            except torch.OutOfMemoryError:
+                sizes = "x".join(map(str, shape))
+                raise UserError(f"{name} of {sizes} and its copy in float64 do not fit") from None
+    if not results:
+        raise UserError("nothing to check: " + "; ".join(dict.fromkeys(left_out.values())))
+    if given.json:
+        report = {"device": str(device), "ok": all(result.ok for result in results)}
+        report["checks"] = [result.as_dict() for result in results]
+        print(json.dumps(report | {"left_out": left_out}))
+    else:
+        for result in results:
+            _show_check(result)
+        for name, why in left_out.items():
+            print(f"{name}: left out: {why}")
+    return 0 if all(result.ok for result in results) else 1
+
+
+def _asked(given: InfoArguments) -> dict[str, Case]:
+    """The cases of the op, or all of them."""
+    if given.op is None:
+        if given.shape is not None:
+            raise UserError("--shape is of one op: say which with --op")
+        return CASES
+    if given.op not in kernels.OPS:
+        raise UserError(f"--op is {not_one_of(given.op, kernels.OPS)}")
+    return {name: case for name, case in CASES.items() if case.op == given.op}
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        raise UserError(f"--shape is {text!r}, not whole numbers such as 4096x4096") from None
+
+
+def _forced_backend(given: InfoArguments) -> AbstractContextManager:
+    if given.capability is not None and given.backend != "emulator":
+        raise UserError("--capability is of the card that the emulator plays: --backend emulator")
+    if given.backend is None:
+        return nullcontext()
+    options = {} if given.capability is None else {"capability": _capability(given.capability)}
+    return kernels.use_backend(given.backend, **options)
+
+
+def _capability(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split("."))
+    except ValueError:
+        raise UserError(f"--capability is {text!r}, not a number such as 9.0") from None
+
+
+def _show_check(result: Result) -> None:
+    console = Console(file=sys.stdout, highlight=False)
+    shape = " x ".join(map(str, result.shape))
+    title = f"{result.case}: {result.backend} ({result.kernel}), {shape}, {result.dtype}"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    if result.problem is not None:
+        console.print(f"  FAILED: {result.problem}", markup=False, soft_wrap=True)
+        return
+    table = Table(box=None, padding=(0, 2))
+    for column in ("", "largest error", "bound", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for a in result.accuracies:
+        table.add_row(a.tensor, f"{a.error:.3g}", f"{a.bound:.3g}", "ok" if a.ok else "FAILED")
+    console.print(table)
+    for speed in result.speeds:
+        best = "a copy" if speed.unit == "GB/s" else "a matrix product"
+        print(
+            f"  {speed.direction}: {1e6 * speed.seconds:.1f} us, {speed.speedup:.2f} times as fast as "
+            f"the reference, {speed.rate:.0f} {speed.unit}, {100 * speed.share:.0f} % of {best}"
+        )

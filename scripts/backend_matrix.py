@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Write docs/backends.md: which kernel runs each op, by options, dtype and compute capability.
+
+Every entry is the answer of ``kernels.explain`` for a call on tensors without data, so no GPU is
+needed and the page cannot say what the code does not do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from almostgpt import kernels
+from almostgpt.kernels.dispatch import CARDS, Card, Explanation
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+CPU = None  # the capability of no card
+Place = Card | None
+
+Call = tuple[tuple, dict]
+Empty = Callable[..., Tensor]
+
+
+def _rms_norm(x: Tensor, **options) -> Call:
+    weight = options.pop("weight", x.new_empty(x.shape[-1]))
+    return (x, weight), options
+
+
+def _attention(empty: Empty, Tq: int, Tk: int, kv_heads: int, causal: bool) -> Call:
+    D = 64
+    k = empty(2, kv_heads, Tk, D)
+    return (empty(2, 8, Tq, D), k, k), {"causal": causal}
+
+
+# Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
+CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
+    "rms_norm": {
+        "alone": lambda empty: _rms_norm(empty(64, 1024)),
+        "with a residual": lambda empty: _rms_norm(empty(64, 1024), residual=empty(64, 1024)),
+        "weight in fp32": lambda empty: _rms_norm(
+            empty(64, 1024), weight=empty(1024, dtype=torch.float32)
+        ),
+        "rows of odd length": lambda empty: _rms_norm(empty(64, 1023)),
+    },
+    "flash_attention": {
+        "full": lambda empty: _attention(empty, 512, 512, 8, causal=False),
+        "causal": lambda empty: _attention(empty, 512, 512, 8, causal=True),
+        "grouped queries": lambda empty: _attention(empty, 512, 512, 2, causal=True),
+        "one query on a cache": lambda empty: _attention(empty, 1, 512, 2, causal=True),
+    },
+}
+
+HEAD = """# Which kernel runs where
+
+Generated from `kernels.explain` by `python scripts/backend_matrix.py`, and a test compares the two: after
+a change to an op run it again, rather than edit the page.
+
+A column is a card, by its compute capability ({cards}),
+in an install that has every kernel. CPU stands for every device that is not CUDA; there the CUDA kernels
+run when the `emulator` is forced. `reference` is plain PyTorch and runs everywhere. `almostgpt info` says
+what runs on the machine at hand, and `almostgpt info --check` whether it is right.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    names = ("A100", "RTX 30", "RTX 40 and L4", "H100", "B200", "RTX 50")
+    cards = ", ".join(f"{_number(card)} {name}" for card, name in zip(CARDS, names, strict=True))
+    return "\n".join([HEAD.format(cards=cards), *(section(op) for op in kernels.OPS)])
+
+
+def section(op: str) -> str:
+    """The table of one op, equal columns and equal rows as one."""
+    places = (*CARDS, CPU)
+    found = {
+        (option, dtype, place): _explain(op, call, DTYPES[dtype], place)
+        for option, call in CALLS[op].items()
+        for dtype in DTYPES
+        for place in places
+    }
+    calls = list(itertools.product(CALLS[op], DTYPES))
+
+    def column(place: Place) -> list[str]:
+        return [_cell(found[option, dtype, place]) for option, dtype in calls]
+
+    # Neighbouring cards with equal columns; the CPU, which comes last, is its own.
+    groups = [list(g) for _, g in itertools.groupby(CARDS, key=column)] + [[CPU]]
+
+    def cells(option: str, dtype: str) -> tuple[str, ...]:
+        return tuple(_cell(found[option, dtype, group[0]]) for group in groups)
+
+    # {cells: dtypes} of each option; options for which that is equal share their rows.
+    rows: dict[tuple, list[str]] = {}
+    for option in CALLS[op]:
+        by_cells: dict[tuple[str, ...], list[str]] = {}
+        for dtype in DTYPES:
+            by_cells.setdefault(cells(option, dtype), []).append(dtype)
+        rows.setdefault(tuple((", ".join(d), c) for c, d in by_cells.items()), []).append(option)
+
+    lines = [f"## {op}\n", f"| call | dtype | {' | '.join(map(_heading, groups))} |"]
+    lines.append("|---" * (2 + len(groups)) + "|")
+    for row, options in rows.items():
+        for dtypes, texts in row:
+            lines.append(f"| {'; '.join(options)} | {dtypes} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", *_reasons(found, groups)])
+
+
+def _explain(op: str, call: Callable[[Empty], Call], dtype: torch.dtype, place: Place):
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    args, kwargs = call(empty)
+    return kernels.explain(op, *args, capability=place, **kwargs)
+
+
+def _cell(explanation: Explanation) -> str:
+    if explanation.backend == "reference":
+        return "reference"
+    return f"{explanation.backend}: `{explanation.kernel}`"
+
+
+def _reasons(found: dict[tuple, Explanation], groups: list[list[Place]]) -> list[str]:
+    """Why a card runs the reference of an op that has a kernel for cards."""
+    why: dict[str, dict[str, None]] = {}  # reason -> dtypes, in order
+    for (_, dtype, place), explanation in found.items():
+        if place is CPU or explanation.backend != "reference":
+            continue
+        for backend in ("cuda", "triton"):
+            reason = f"not {backend}: {explanation.reasons[backend]}"
+            if reason != f"not {backend}: no {backend} kernel for this op":
+                why.setdefault(reason, {})[dtype] = None
+    return [f"- {', '.join(dtypes)}: {reason}" for reason, dtypes in why.items()] + [""] * bool(why)
+
+
+def _heading(group: list[Place]) -> str:
+    if group == [CPU]:
+        return "CPU"
+    return " to ".join(dict.fromkeys([_number(group[0]), _number(group[-1])]))
+
+
+def _number(card: Card) -> str:
+    return f"{card[0]}.{card[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
+    options = parser.parse_args(arguments)
+    text = page()
+    if not options.check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print(f"{PAGE} is stale: run python scripts/backend_matrix.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
