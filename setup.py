@@ -1,6 +1,7 @@
 """Drives CMake for the native libraries; everything else is in pyproject.toml.
 
-Settings: ALMOSTGPT_CUDA (AUTO, ON, OFF), ALMOSTGPT_CUDA_ARCHS, MAX_JOBS, ALMOSTGPT_TORCH_DIR.
+Settings: ALMOSTGPT_CUDA (AUTO, ON, OFF), ALMOSTGPT_CUDA_ARCHS, MAX_JOBS, ALMOSTGPT_TORCH_DIR, and of the
+emulator ALMOSTGPT_DEBUG (ON, OFF) and ALMOSTGPT_SANITIZE: see CMakeLists.txt.
 """
 
 import os
@@ -56,6 +57,8 @@ def cmake(plan: Plan, torch: Torch) -> Path:
         "ALMOSTGPT_TORCH_DIR": torch.path,
         "ALMOSTGPT_CUDA": "ON" if plan.cuda else "OFF",
         "ALMOSTGPT_PLAN": plan.message.replace(";", ","),
+        "ALMOSTGPT_DEBUG": os.environ.get("ALMOSTGPT_DEBUG") or "OFF",
+        "ALMOSTGPT_SANITIZE": os.environ.get("ALMOSTGPT_SANITIZE", ""),
     }
     if plan.cuda:
         settings["CMAKE_CUDA_COMPILER"] = find_nvcc().path

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the test programs of csrc (conformance, examples, detectors) for the emulator, with g++ alone,
+# Builds the test programs of csrc (conformance, examples, detectors) and emulator.a, with g++ alone,
 # and prints the folder they are in: under build/, one for each state of the sources.
 #
 #   scripts/conformance.sh [--sanitize]
@@ -38,12 +38,13 @@ if [[ ! -d $folder ]]; then
   xargs -P "${MAX_JOBS:-2}" -I {} bash -c \
     'source=$1 && shift && exec "$cxx" "$@" -x c++ -c "$source" -o "$work/$(basename "$source").o"' \
     compile {} "${flags[@]}" <<<"$sources" >&2
-  emulator=()
-  for source in csrc/device/emulator/*.cpp; do emulator+=("$work/$(basename "$source").o"); done
-  "$cxx" "${flags[@]}" "$work"/conformance*.cu.o "${emulator[@]}" -o "$work/conformance"
+  for source in csrc/device/emulator/*.cpp; do
+    ar rcs "$work/emulator.a" "$work/$(basename "$source").o"
+  done
+  "$cxx" "${flags[@]}" "$work"/conformance*.cu.o "$work/emulator.a" -o "$work/conformance"
   for source in csrc/tests/*.cpp; do
     program=$(basename "$source" .cpp)
-    "$cxx" "${flags[@]}" "$work/$program.cpp.o" "${emulator[@]}" -o "$work/$program"
+    "$cxx" "${flags[@]}" "$work/$program.cpp.o" "$work/emulator.a" -o "$work/$program"
   done
   rm "$work"/*.o
   # Those of earlier states are of no use.

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_every_primitive_is_covered(programs):
     assert not unused, f"claimed, but in no case: {unused}"
 
 
+def test_the_table_in_the_docs_is_current(programs):
+    command = [sys.executable, ROOT / "scripts" / "primitives_table.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_wgmma_instructions_are_what_their_generator_writes():
+    folder = CSRC / "device" / "cuda"
+    command = [sys.executable, folder / "generate_wgmma.py"]
+    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert written == (folder / "wgmma.inc").read_text()
+
+
 def test_every_width_of_wgmma_has_its_cases(programs):
     text = (CSRC / "device" / "cuda" / "wgmma.inc").read_text()
     instructions = set(re.findall(r"wgmma_(ss|rs)\((bf16|fp16), Width<(\d+)>", text))
@@ -134,6 +148,56 @@ def test_every_check_of_the_emulator_fires(programs):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# What the kernel of csrc/README.md is called by: its sums against plain ones, then with no barrier.
+README_MAIN = r"""
+#include <cstdio>
+#include <vector>
+#include "device/emulator/emulator.h"
+using namespace almostgpt;
+int main() {
+  const int rows = 5, columns = 4096;
+  std::vector<uint16_t> x(rows * columns);
+  std::vector<float> out(rows), expected(rows);
+  for (int i = 0; i < rows * columns; ++i) {
+    x[i] = i % 3 ? 0x3f80 : 0xc000;  // 1, or -2
+    expected[i / columns] += i % 3 ? 1.0f : -2.0f;
+  }
+  emulator::Session session(8, 0);
+  session.buffer("x", x.data(), 2 * x.size(), emulator::Use::input);
+  session.buffer("out", out.data(), 4 * out.size(), emulator::Use::output);
+  if (row_sums(x.data(), out.data(), rows, columns, nullptr) || out != expected) return 1;
+  emulator::inject("readme.cu:SYNC cta_sync", "drop");
+  try {
+    row_sums(x.data(), out.data(), rows, columns, nullptr);
+  } catch (const emulator::Error& error) {
+    std::puts(error.what());
+    return 0;
+  }
+  return 2;
+}
+"""
+
+
+def readme_kernel():
+    return re.search(r"```cuda\n(.*?)```", (CSRC / "README.md").read_text(), re.S)[1]
+
+
+def test_the_kernel_of_the_readme_runs_and_needs_its_barrier(programs, tmp_path):
+    kernel = readme_kernel()
+    line = 1 + kernel[: kernel.index("cta_sync();")].count("\n")
+    (tmp_path / "readme.cu").write_text(kernel)
+    main = tmp_path / "main.cpp"
+    main.write_text('#include "readme.cu"\n' + README_MAIN.replace("SYNC", str(line)))
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-DALMOSTGPT_EMULATOR"]
+    command += ["-I", CSRC, main, programs / "emulator.a", "-o", tmp_path / "readme"]
+    subprocess.run(command, check=True)
+    done = run(tmp_path / "readme")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "race" in done.stdout
+    # Thread 0 reads what the first lane of another warp wrote: both lines are named.
+    assert done.stdout.count("readme.cu:") >= 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["conformance", "detectors", "examples"])
 def test_with_sanitizers(sanitized, program):
@@ -158,3 +222,13 @@ def test_compiles_for_a_gpu_without_warnings(tmp_path, arch, pattern):
     assert done.returncode == 0 and not done.stdout + done.stderr, done.stdout + done.stderr
     names = subprocess.run([tmp_path / "conformance", "--list"], capture_output=True, text=True)
     assert ("tma_load_2d" in names.stdout.split()) == (arch == "90a")
+
+
+@pytest.mark.slow
+def test_the_kernel_of_the_readme_compiles_for_a_gpu(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    (tmp_path / "readme.cu").write_text(readme_kernel())
+    command = ["nvcc", "-std=c++17", "-O3", "-I", CSRC, "-c", "readme.cu", "-o", "readme.o"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stdout + done.stderr
