@@ -24,7 +24,7 @@ case ${1:-} in
 esac
 cxx=${CXX:-g++}
 
-state=$({ "$cxx" --version; echo "${flags[@]}"; find csrc/device csrc/tests -type f -name '*.[chi]*' | sort |
+state=$({ "$cxx" --version; cat scripts/conformance.sh; echo "${flags[@]}"; find csrc/device csrc/tests -type f -name '*.[chi]*' | sort |
   xargs sha256sum; } | sha256sum)
 folder=build/conformance$suffix-${state:0:16}
 if [[ ! -d $folder ]]; then
