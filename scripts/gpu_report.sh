@@ -66,7 +66,8 @@ step() {
   if ((limit < 5)); then
     code=1 outcome="not run: the time is up"
   else
-    timeout --kill-after=10 "$limit" "$@" || code=$?
+    # As by Ctrl-C, after which pytest still writes what it has found.
+    timeout --signal=INT --kill-after=15 "$limit" "$@" || code=$?
     case $code in
       0) outcome=passed ;;
       124 | 137) outcome="stopped after its limit of $limit s" ;;
@@ -217,8 +218,12 @@ conformance_program() {
 
 stage_tests() {
   if [[ -z $gpu ]]; then leave_out "tests/gpu: they need a GPU and skip themselves"; fi
-  # The project's own options leave out the slow ones.
-  run_pytest 400 "tests" tests -m "slow or not slow" -q -rfEs --durations=15 \
+  # First what only a GPU can tell. The project's own options leave out the slow ones.
+  if [[ -n $gpu ]]; then
+    run_pytest 220 "tests/gpu" tests/gpu -m "slow or not slow" -q -rfEs --durations=15 \
+      --junitxml="$out/tests-gpu.xml" || true
+  fi
+  run_pytest 400 "tests" tests -m "slow or not slow" ${gpu:+--ignore=tests/gpu} -q -rfEs --durations=15 \
     --junitxml="$out/tests.xml" || true
 }
 
@@ -246,12 +251,14 @@ stage_sanitizer() {
 
 stage_bench() {
   if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
-  local missing file name
+  local missing file name limit
   if missing=$(has_modules pytest_benchmark); then
-    # A run for each file: one that is stopped takes no other's tables with it.
-    for file in benchmarks/test_*.py; do
-      name=$(basename "$file" .py)
-      run_pytest 130 "$name" "$file" --benchmark-only -q --save-results \
+    # A run for each file: one that is stopped takes no other's tables with it. Kernels first.
+    shopt -s extglob
+    for file in benchmarks/test_rms_norm.py benchmarks/test_!(rms_norm).py; do
+      name=$(basename "$file" .py) limit=70
+      if [[ $name == test_rms_norm ]]; then limit=200; fi
+      run_pytest "$limit" "$name" "$file" --benchmark-only -q --save-results \
         --results-dir "$out/${name#test_}" || true
     done
   else

@@ -23,18 +23,49 @@ RowsOf<T> rows_of(ConstRows rows) {
   return {Global<const T>(static_cast<const T*>(rows.data)), rows.stride};
 }
 
-// The sum over the `threads` threads of one row, in all of them, added in a fixed order. A block may
-// hold several rows; all its threads call. `sums`: shared memory of one float a warp of the block.
-// One barrier: a caller that loops alternates between two such places, since a warp may be a
-// whole round ahead of another that still reads.
-DEVICE float row_sum(float value, int threads, shared_addr sums) {
+// Where the threads of a block are, as a kernel takes it: divisions are done once, on the host.
+struct RowThreads {
+  int threads_per_row = 0, rows_per_block = 1;
+  int row_vectors = 0;
+  uint32_t reciprocal = 0;  // 2^16 over a row's warps, rounded up: exact for the 16 warps of a block
+  float inverse_columns = 0.0f;
+
+  // Which of the block's rows is this thread's, and its number within it.
+  DEVICE int place() const { return warp_id() * reciprocal >> 16; }
+  DEVICE int thread() const { return thread_id() - place() * threads_per_row; }
+};
+// The first of the V vectors of a row's thread; each of the others is 32 further.
+template <int V>
+DEVICE int first_vector(int thread) {
+  return thread / 32 * (32 * V) + lane_id();
+}
+
+inline RowThreads row_threads(const RowPlan& plan, int64_t columns, int width) {
+  return {plan.threads_per_row, plan.rows_per_block, static_cast<int>(columns / width),
+          65536u / (plan.threads_per_row / 32) + 1, 1.0f / static_cast<float>(columns)};
+}
+// A row a block, for the kernels that take any row.
+inline RowThreads block_threads(int64_t columns) {
+  RowThreads rows;
+  rows.threads_per_row = columns < 1024 ? 128 : kMaxRowThreads;
+  rows.inverse_columns = 1.0f / static_cast<float>(columns);
+  return rows;
+}
+
+// Shared memory of a row_sum: one float a warp.
+constexpr uint32_t kSumsBytes = kMaxRowThreads / 32 * 4;
+
+// The sum over the `threads` threads of a row, of which this one is number `thread`, in all of them,
+// added in a fixed order. A block may hold several rows; all its threads call. One barrier: a caller
+// that loops alternates between two places for the sums, since a warp may be a whole round ahead of
+// another that still reads.
+DEVICE float row_sum(float value, int threads, int thread, shared_addr sums) {
   value = warp_sum(value);
   if (threads == 32) return value;
   if (lane_id() == 0) store_shared<float>(sums + 4 * warp_id(), value);
   cta_sync();
-  const int warps = threads / 32, first = warp_id() / warps * warps;
-  return warp_sum<kMaxRowThreads / 32>(
-      lane_id() % 16 < warps ? load_shared<float>(sums + 4 * (first + lane_id() % 16)) : 0.0f);
+  const int first = warp_id() - thread / 32, lane = lane_id() % 16;
+  return warp_sum<16>(lane < threads / 32 ? load_shared<float>(sums + 4 * (first + lane)) : 0.0f);
 }
 
 // Calls f with a T and a W, the C++ types of the rows and of the weight.
@@ -49,15 +80,12 @@ int with_types(const RmsNormShape& shape, F f) {
   return 0;
 }
 
-// Calls f with the number of vectors as a constant.
-template <class F>
+// Calls f with the number of vectors, one of the options, as a constant.
+template <int... options, class F>
 int with_vectors(int vectors, F f) {
-  switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 4: return f(std::integral_constant<int, 4>());
-    default: return f(std::integral_constant<int, 8>());
-  }
+  int result = 0;
+  (void)((vectors == options && (result = f(std::integral_constant<int, options>()), true)) || ...);
+  return result;
 }
 
 // kVectorWidth<T> elements of the weight, whatever its own type, still packed.
@@ -66,9 +94,9 @@ struct WeightVector {
   static constexpr int width = kVectorWidth<W>, parts = kVectorWidth<T> / width;
   u32x4 packed[parts];
 
+  template <Cache cache = Cache::read_only>
   DEVICE void load(Global<const W> weight) {
-    UNROLL for (int i = 0; i < parts; ++i)
-      packed[i] = load_global_as<u32x4, Cache::read_only>(weight + i * width);
+    UNROLL for (int i = 0; i < parts; ++i) packed[i] = load_global_as<u32x4, cache>(weight + i * width);
   }
   DEVICE void unpack_to(float (&values)[kVectorWidth<T>]) const {
     UNROLL for (int i = 0; i < parts; ++i) {

@@ -14,8 +14,8 @@
 namespace almostgpt {
 
 struct RmsNormShape {
-  int64_t rows;        // >= 0
-  int64_t columns;     // >= 1
+  int64_t rows;        // >= 0, below 2^31
+  int64_t columns;     // >= 1, below 2^31
   DType dtype;         // of x, residual, y, sum, dy, dsum, dx
   DType weight_dtype;  // of weight and dweight: dtype, or float32
 };

@@ -22,8 +22,11 @@ struct BackwardArgs {
   Global<float> dots;     // (rows,), of the kernels for any row
   int64_t rows;
   int columns;
-  int threads_per_row;
+  RowThreads threads;
   int stages, tensors;  // of the ring
+  // From a block's row to its next: rows, and elements. Constants, so that they take no registers.
+  int step;
+  int64_t dy_step, dsum_step, x_step, dx_step;
 };
 
 // --- rows of 16-byte vectors that fit into shared memory ------------------------------------------------
@@ -34,108 +37,118 @@ struct BackwardArgs {
 //
 // Bytes under way on an H200, to cover 4.8 TB/s times about 0.7 us of latency = 25 KB an SM: at 4096
 // columns of bf16, 4 blocks x 16 KB.
-struct Ring {
-  int threads, stages;
-  int tensors;  // dy, x and, where there is room, dsum
-  int vectors;  // of a thread
+//
+// The hot loop is near the limit of instructions that a multiprocessor issues. So addresses go on by a
+// step a round (computed anew they were a third of it), and whether there is a dsum is a template argument.
+HOST_DEVICE constexpr uint32_t ring_bytes(int threads, int vectors, int stages, int tensors) {
+  return static_cast<uint32_t>(stages * tensors * vectors * threads) * kVectorBytes;
+}
 
-  // Neighbours in a warp are neighbours in memory: no bank conflicts.
-  DEVICE shared_addr slot(int round, int tensor, int j) const {
-    const int stage = stages == 2 ? round & 1 : 0;
-    const int index = (stage * tensors + tensor) * vectors + j;
-    return shared_base() + (index * threads + thread_id()) * kVectorBytes;
-  }
-  HOST_DEVICE constexpr uint32_t bytes() const {
-    return static_cast<uint32_t>(stages * tensors * vectors * threads) * kVectorBytes;
-  }
-};
-
-template <class T, class W, int V>
+template <class T, class W, int V, bool has_dsum>
 KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 2 ? 2 : 1) backward_kernel(GRID_CONSTANT const BackwardArgs<T, W> a) {
   constexpr int width = kVectorWidth<T>;
-  // In a register or two where there is room; else from the L1 cache each time.
-  constexpr bool keep_weight = V == 1;
-  const int thread = thread_id() % a.threads_per_row, place = thread_id() / a.threads_per_row;
-  const int rows_per_block = block_size() / a.threads_per_row;
-  const int row_vectors = a.columns / width;
-  const int64_t first = static_cast<int64_t>(block_x()) * rows_per_block;
-  const int64_t step = static_cast<int64_t>(grid_x()) * rows_per_block;
-  const Ring ring{block_size(), a.stages, a.tensors, V};
-  const shared_addr sums = shared_base() + ring.bytes();
+  constexpr bool keep_weight = V == 1;  // in a register or two; else from the L1 cache each time
+  const int thread = a.threads.thread(), place = a.threads.place();
+  const int rows = static_cast<int>(a.rows), row_of_thread = block_x() * a.threads.rows_per_block + place;
+  const int offset = first_vector<V>(thread) * width;  // of the thread's first vector in a row
+  constexpr int jump = 32 * width;                     // from one of its vectors to the next
+  const auto in_row = [&](int j) { return offset + j * jump < a.columns; };
 
-  const auto fetch = [&](int round) {
-    const int64_t row = first + round * step + place;
+  // The ring: each warp has its own, in which vector j of tensor 0 (dy), 1 (x) or 2 (dsum) of a lane is at
+  // stage + slot(tensor, j); neighbours are side by side, so no banks conflict.
+  const bool ahead = a.stages == 2, staged_dsum = a.tensors == 3;
+  const uint32_t stage_bytes = ring_bytes(32, V, 1, a.tensors), warp_bytes = a.stages * stage_bytes;
+  const auto ring_of = [&](int warp) { return shared_base() + warp * warp_bytes + lane_id() * kVectorBytes; };
+  constexpr auto slot = [](int tensor, int j) { return (tensor * V + j) * (32 * kVectorBytes); };
+  const shared_addr ring = ring_of(warp_id());
+  const uint32_t other_stage = ahead ? stage_bytes : 0;  // from either stage to the other: this minus it
+  uint32_t stage = 0;
+  const shared_addr sums = shared_base() + block_size() / 32 * warp_bytes;
+  uint32_t which_sums = 0;  // alternates: see row_sum
+
+  Global<const T> dy_next = a.dy.row(row_of_thread) + offset, x_next = a.x.row(row_of_thread) + offset;
+  Global<const T> dsum_next = a.dsum.row(row_of_thread) + offset;
+  Global<T> dx = a.dx + static_cast<int64_t>(row_of_thread) * a.columns + offset;
+  float rstd_fetched = 0.0f;
+  // The row after the last one fetched; past the end nothing.
+  const auto fetch = [&](int row, shared_addr to) {
+    const bool there = row < rows;
+    rstd_fetched = there ? load_global<Cache::read_only>(a.rstd + row) : 0.0f;
     UNROLL for (int j = 0; j < V; ++j) {
-      const int v = thread + j * a.threads_per_row;
-      if (v >= row_vectors || row >= a.rows) continue;
-      cp_async16(ring.slot(round, 0, j), a.dy.row(row) + v * width);
-      cp_async16(ring.slot(round, 1, j), a.x.row(row) + v * width);
-      if (a.tensors == 3) cp_async16(ring.slot(round, 2, j), a.dsum.row(row) + v * width);
+      if (!there || !in_row(j)) continue;
+      cp_async16(to + slot(0, j), dy_next + j * jump);
+      cp_async16(to + slot(1, j), x_next + j * jump);
+      if (has_dsum && staged_dsum) cp_async16(to + slot(2, j), dsum_next + j * jump);
     }
     cp_async_commit();
+    dy_next = dy_next + a.dy_step;
+    x_next = x_next + a.x_step;
+    if (has_dsum && staged_dsum) dsum_next = dsum_next + a.dsum_step;
   };
 
+  const Global<const W> weight = a.weight + offset;
   const auto load_weight = [&](int j) {
-    WeightVector<T, W> vector = {};
-    const int v = thread + j * a.threads_per_row;
-    if (v < row_vectors) vector.load(a.weight + v * width);
+    WeightVector<T, W> vector;
+    // As read_only the compiler would take them for constants of the loop, and run out of registers.
+    vector.template load<Cache::normal>(weight + j * jump);
     return vector;
   };
-  WeightVector<T, W> kept;
-  if constexpr (keep_weight) kept = load_weight(0);
-  // (dy weight, x) of vector j.
-  const auto operands = [&](int round, int j, float (&dy)[width], float (&upstream)[width], float (&x)[width]) {
-    unpack<T>(load_shared<u32x4>(ring.slot(round, 0, j)), dy);
-    unpack<T>(load_shared<u32x4>(ring.slot(round, 1, j)), x);
-    float w[width];
+  WeightVector<T, W> kept = {};
+  if constexpr (keep_weight) {
+    if (in_row(0)) kept = load_weight(0);
+  }
+  const auto operands = [&](int j, float (&dy)[width], float (&x)[width], float (&w)[width]) {
+    unpack<T>(load_shared<u32x4>(ring + stage + slot(0, j)), dy);
+    unpack<T>(load_shared<u32x4>(ring + stage + slot(1, j)), x);
     (keep_weight ? kept : load_weight(j)).unpack_to(w);
-    UNROLL for (int i = 0; i < width; ++i) upstream[i] = dy[i] * w[i];
   };
 
   float dweight[V][width];
   UNROLL for (int j = 0; j < V; ++j) UNROLL for (int i = 0; i < width; ++i) dweight[j][i] = 0.0f;
 
-  if (a.stages == 2) fetch(0);
-  for (int round = 0; first + round * step < a.rows; ++round) {
-    const int64_t row = first + round * step + place;
-    const int vectors = row < a.rows ? row_vectors : 0;
-    if (a.stages == 2) {
-      fetch(round + 1);  // past the end it fetches nothing
+  fetch(row_of_thread, ring);
+  for (int row = row_of_thread; row - place < rows; row += a.step) {  // as often for all threads of the block
+    const bool there = row < rows;
+    const float rstd = rstd_fetched;
+    if (ahead) {
+      fetch(row + a.step, ring + (other_stage - stage));
       cp_async_wait<1>();
     } else {
-      fetch(round);
       cp_async_wait<0>();
     }
-    const float rstd = row < a.rows ? load_global<Cache::read_only>(a.rstd + row) : 0.0f;
     float dot = 0.0f;
     UNROLL for (int j = 0; j < V; ++j) {
-      if (thread + j * a.threads_per_row >= vectors) continue;
-      float dy[width], upstream[width], x[width];
-      operands(round, j, dy, upstream, x);
-      UNROLL for (int i = 0; i < width; ++i) dot += upstream[i] * x[i];
+      if (!there || !in_row(j)) continue;
+      float dy[width], x[width], w[width];
+      operands(j, dy, x, w);
+      UNROLL for (int i = 0; i < width; ++i) dot += dy[i] * w[i] * x[i];
     }
-    // Alternating places: see row_sum.
-    const float total = row_sum(dot, a.threads_per_row, sums + round % 2 * (kMaxRowThreads / 32 * 4));
-    const float mean = total * rstd / static_cast<float>(a.columns);
+    const float total = row_sum(dot, a.threads.threads_per_row, thread, sums + which_sums);
+    which_sums = kSumsBytes - which_sums;
+    // dx = rstd dy weight - x (rstd^3 / columns) sum(dy weight x)
+    const float pull = total * a.threads.inverse_columns * rstd * (rstd * rstd);
     UNROLL for (int j = 0; j < V; ++j) {
-      const int v = thread + j * a.threads_per_row;
-      if (v >= vectors) continue;
-      float dy[width], upstream[width], x[width], dx[width];
-      operands(round, j, dy, upstream, x);
+      if (!there || !in_row(j)) continue;
+      float dy[width], x[width], w[width], result[width];
+      operands(j, dy, x, w);
       UNROLL for (int i = 0; i < width; ++i) {
-        const float x_hat = x[i] * rstd;
-        dweight[j][i] += dy[i] * x_hat;
-        dx[i] = rstd * (upstream[i] - x_hat * mean);
+        const float scaled = dy[i] * rstd;
+        dweight[j][i] += scaled * x[i];
+        result[i] = scaled * w[i] - pull * x[i];
       }
-      if (a.dsum.data) {
+      if constexpr (has_dsum) {
         float more[width];
-        unpack<T>(a.tensors == 3 ? load_shared<u32x4>(ring.slot(round, 2, j))
-                                 : load_global_as<u32x4, Cache::streaming>(a.dsum.row(row) + v * width),
+        unpack<T>(staged_dsum ? load_shared<u32x4>(ring + stage + slot(2, j))
+                              : load_global_as<u32x4, Cache::streaming>(dsum_next + j * jump),
                   more);
-        UNROLL for (int i = 0; i < width; ++i) dx[i] += more[i];
+        UNROLL for (int i = 0; i < width; ++i) result[i] += more[i];
       }
-      store_global_as<u32x4>(a.dx + row * a.columns + v * width, pack<T>(dx));
+      store_global_as<u32x4>(dx + j * jump, pack<T>(result));
     }
+    dx = dx + a.dx_step;
+    if (has_dsum && !staged_dsum) dsum_next = dsum_next + a.dsum_step;
+    if (!ahead) fetch(row + a.step, ring);
+    stage = other_stage - stage;
   }
 
   // The sums of the block's rows side by side are added in order, by the threads of the first. Each
@@ -143,7 +156,7 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 2 ? 2 : 1) backward_kernel(GRID_CONSTA
   constexpr int quarters = width / 4;
   if constexpr (V <= 2) {  // longer rows are alone in their block: row_plan.h
     const auto spot = [&](int at, int quarter) {
-      return shared_base() + (quarter * block_size() + at * a.threads_per_row + thread) * kVectorBytes;
+      return ring_of((at * a.threads.threads_per_row + thread) / 32) + slot(0, 1) * quarter;
     };
     if (place > 0) {
       UNROLL for (int j = 0; j < V; ++j) UNROLL for (int q = 0; q < quarters; ++q) {
@@ -154,7 +167,7 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 2 ? 2 : 1) backward_kernel(GRID_CONSTA
     cta_sync();
     if (place > 0) return;
     UNROLL_BY(1)  // once a block: four times the code for the sake of nothing
-    for (int other = 1; other < rows_per_block; ++other) {
+    for (int other = 1; other < a.threads.rows_per_block; ++other) {
       UNROLL for (int j = 0; j < V; ++j) UNROLL for (int q = 0; q < quarters; ++q) {
         const f32x4 more = load_shared<f32x4>(spot(other, j * quarters + q));
         float* d = &dweight[j][4 * q];
@@ -164,11 +177,10 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 2 ? 2 : 1) backward_kernel(GRID_CONSTA
   }
   const Global<float> partial = a.partial + static_cast<int64_t>(block_x()) * a.columns;
   UNROLL for (int j = 0; j < V; ++j) {
-    const int v = thread + j * a.threads_per_row;
-    if (v >= row_vectors) continue;
+    if (!in_row(j)) continue;
     UNROLL for (int q = 0; q < quarters; ++q) {
       const float* d = &dweight[j][4 * q];
-      store_global_as<f32x4>(partial + v * width + 4 * q, f32x4{d[0], d[1], d[2], d[3]});
+      store_global_as<f32x4>(partial + offset + j * jump + 4 * q, f32x4{d[0], d[1], d[2], d[3]});
     }
   }
 }
@@ -187,7 +199,7 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, 2) row_dots_kernel(GRID_CONSTANT const Back
   for (int c = thread_id(); c < a.columns; c += block_size())
     dot += to_float(load_global<Cache::read_only>(dy + c)) * to_float(load_global<Cache::read_only>(a.weight + c)) *
            to_float(load_global<Cache::read_only>(x + c));
-  const float total = row_sum(dot, a.threads_per_row, shared_base());
+  const float total = row_sum(dot, a.threads.threads_per_row, thread_id(), shared_base());
   if (thread_id() == 0) store_global(a.dots + row, total);
 }
 
@@ -203,7 +215,7 @@ KERNEL LAUNCH_BOUNDS(kTileColumns* kTileRows, 4) columns_kernel(GRID_CONSTANT co
     for (int64_t row = static_cast<int64_t>(block_y()) * kTileRows + tile_row; row < a.rows;
          row += static_cast<int64_t>(grid_y()) * kTileRows) {
       const float rstd = load_global<Cache::read_only>(a.rstd + row);
-      const float mean = load_global<Cache::read_only>(a.dots + row) * rstd / static_cast<float>(a.columns);
+      const float mean = load_global<Cache::read_only>(a.dots + row) * rstd * a.threads.inverse_columns;
       const float dy = to_float(load_global<Cache::read_only>(a.dy.row(row) + c));
       const float x_hat = to_float(load_global<Cache::read_only>(a.x.row(row) + c)) * rstd;
       float dx = rstd * (dy * weight - x_hat * mean);
@@ -266,14 +278,13 @@ int persistent_blocks(const Card& card, int64_t groups, int blocks_per_multiproc
 // The plan for rows in vectors, or one with row.vectors == 0 where a row does not fit on the card.
 BackwardPlan plan_vectors(const RmsNormShape& shape, const Card& card, bool with_dsum) {
   BackwardPlan plan;
-  plan.row = plan_row(shape.columns * element_bytes(shape.dtype) / kVectorBytes);
+  plan.row = plan_backward(shape.columns * element_bytes(shape.dtype) / kVectorBytes);
   if (plan.row.vectors == 0) return plan;
   const int threads = plan.row.threads(), vectors = plan.row.vectors;
   const auto most = static_cast<uint32_t>(card.shared_bytes_per_block);
   const auto fits = [&](int stages, int tensors) {
     plan.stages = stages, plan.tensors = tensors;
-    constexpr uint32_t sums_bytes = 2 * kMaxRowThreads / 32 * 4;
-    plan.shared_bytes = Ring{threads, stages, tensors, vectors}.bytes() + sums_bytes;
+    plan.shared_bytes = ring_bytes(threads, vectors, stages, tensors) + 2 * kSumsBytes;
     return plan.shared_bytes <= most;
   };
   const int all = with_dsum ? 3 : 2;
@@ -321,17 +332,24 @@ int rms_norm_backward(const RmsNormShape& shape, ConstRows dy, ConstRows dsum, C
     const int columns = static_cast<int>(shape.columns);
     BackwardArgs<T, W> args{rows_of<T>(dy), rows_of<T>(dsum), rows_of<T>(x), Global(static_cast<const W*>(weight)),
                             Global(rstd), Global(static_cast<T*>(dx)), Global(partial),
-                            Global(partial + blocks * shape.columns), shape.rows, columns, 0, plan.stages, plan.tensors};
+                            Global(partial + blocks * shape.columns), shape.rows, columns,
+                            block_threads(columns), plan.stages, plan.tensors, 0, 0, 0, 0, 0};
     if (shape.rows > 0 && plan.row.vectors > 0) {
-      args.threads_per_row = plan.row.threads_per_row;
+      args.threads = row_threads(plan.row, columns, kVectorWidth<T>);
+      args.step = static_cast<int>(blocks) * plan.row.rows_per_block;
+      args.dy_step = args.step * dy.stride;
+      args.dsum_step = args.step * dsum.stride;
+      args.x_step = args.step * x.stride;
+      args.dx_step = args.step * shape.columns;
       const LaunchShape launch_shape{{static_cast<unsigned>(blocks)}, plan.row.threads(), plan.shared_bytes};
-      const int error = with_vectors(plan.row.vectors, [&](auto v) {
-        return launch<backward_kernel<T, W, decltype(v)::value>>(launch_shape, stream, args);
+      const int error = with_vectors<1, 2, 4, 8>(plan.row.vectors, [&](auto v) {
+        constexpr int V = decltype(v)::value;
+        return dsum.data ? launch<backward_kernel<T, W, V, true>>(launch_shape, stream, args)
+                         : launch<backward_kernel<T, W, V, false>>(launch_shape, stream, args);
       });
       if (error) return error;
     } else if (shape.rows > 0) {
-      args.threads_per_row = columns < 1024 ? 128 : kMaxRowThreads;
-      const LaunchShape dots_shape{{static_cast<unsigned>(shape.rows)}, args.threads_per_row, kMaxRowThreads / 32 * 4};
+      const LaunchShape dots_shape{{static_cast<unsigned>(shape.rows)}, args.threads.threads_per_row, kSumsBytes};
       if (const int error = launch<row_dots_kernel<T, W>>(dots_shape, stream, args)) return error;
       const LaunchShape columns_shape{{ceil_div(columns, kTileColumns), static_cast<unsigned>(blocks)},
                                       kTileColumns * kTileRows, kTileColumns * kTileRows * 4};

@@ -13,7 +13,7 @@ struct ForwardArgs {
   Global<float> rstd;
   int64_t rows;
   int columns;
-  int threads_per_row;
+  RowThreads threads;
   float eps;
 };
 
@@ -21,25 +21,28 @@ struct ForwardArgs {
 template <class T, class W, int V>
 KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 4 ? 2 : 1) forward_kernel(GRID_CONSTANT const ForwardArgs<T, W> a) {
   constexpr int width = kVectorWidth<T>;
-  const int thread = thread_id() % a.threads_per_row;
-  const int64_t row = static_cast<int64_t>(block_x()) * (block_size() / a.threads_per_row) +
-                      thread_id() / a.threads_per_row;
-  const int row_vectors = row < a.rows ? a.columns / width : 0;  // none: only waits with the others
+  const int thread = a.threads.thread(), first = first_vector<V>(thread);
+  const int64_t row = static_cast<int64_t>(block_x()) * a.threads.rows_per_block + a.threads.place();
+  const int row_vectors = row < a.rows ? a.threads.row_vectors : 0;  // none: only waits with the others
 
   u32x4 vectors[V];
-  const Global<const T> x = a.x.row(row);
-  UNROLL for (int j = 0; j < V; ++j) {
-    const int v = thread + j * a.threads_per_row;
-    if (v < row_vectors) vectors[j] = load_global_as<u32x4, Cache::streaming>(x + v * width);
-  }
-  if (a.residual.data) {
-    const Global<const T> residual = a.residual.row(row);
+  const auto load = [&](const RowsOf<T>& from, u32x4 (&to)[V]) {
+    const Global<const T> data = from.row(row);
     UNROLL for (int j = 0; j < V; ++j) {
-      const int v = thread + j * a.threads_per_row;
+      const int v = first + 32 * j;
+      if (v < row_vectors) to[j] = load_global_as<u32x4, Cache::streaming>(data + v * width);
+    }
+  };
+  load(a.x, vectors);
+  if (a.residual.data) {
+    u32x4 added[V];
+    load(a.residual, added);  // all of them before the first is used
+    UNROLL for (int j = 0; j < V; ++j) {
+      const int v = first + 32 * j;
       if (v >= row_vectors) continue;
       float values[width], more[width];
       unpack<T>(vectors[j], values);
-      unpack<T>(load_global_as<u32x4, Cache::streaming>(residual + v * width), more);
+      unpack<T>(added[j], more);
       UNROLL for (int i = 0; i < width; ++i) values[i] += more[i];
       vectors[j] = pack<T>(values);
       store_global_as<u32x4>(a.sum + row * a.columns + v * width, vectors[j]);
@@ -48,17 +51,17 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 4 ? 2 : 1) forward_kernel(GRID_CONSTAN
 
   float squares = 0.0f;
   UNROLL for (int j = 0; j < V; ++j) {
-    if (thread + j * a.threads_per_row >= row_vectors) continue;
+    if (first + 32 * j >= row_vectors) continue;
     float values[width];
     unpack<T>(vectors[j], values);
     UNROLL for (int i = 0; i < width; ++i) squares += values[i] * values[i];
   }
-  const float total = row_sum(squares, a.threads_per_row, shared_base());
-  const float rstd = rsqrt_approx(total / static_cast<float>(a.columns) + a.eps);
+  const float total = row_sum(squares, a.threads.threads_per_row, thread, shared_base());
+  const float rstd = rsqrt_approx(total * a.threads.inverse_columns + a.eps);
   if (thread == 0 && row < a.rows) store_global(a.rstd + row, rstd);
 
   UNROLL for (int j = 0; j < V; ++j) {
-    const int v = thread + j * a.threads_per_row;
+    const int v = first + 32 * j;
     if (v >= row_vectors) continue;
     float values[width], weights[width];
     unpack<T>(vectors[j], values);
@@ -86,8 +89,8 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, 2) forward_any_kernel(GRID_CONSTANT const F
     }
     squares += value * value;
   }
-  const float total = row_sum(squares, a.threads_per_row, shared_base());
-  const float rstd = rsqrt_approx(total / static_cast<float>(a.columns) + a.eps);
+  const float total = row_sum(squares, a.threads.threads_per_row, thread_id(), shared_base());
+  const float rstd = rsqrt_approx(total * a.threads.inverse_columns + a.eps);
   if (thread_id() == 0) store_global(a.rstd + row, rstd);
   for (int c = thread_id(); c < a.columns; c += block_size()) {
     const float value =
@@ -107,22 +110,20 @@ int rms_norm_forward(const RmsNormShape& shape, ConstRows x, ConstRows residual,
     using W = decltype(w);
     ForwardArgs<T, W> args{rows_of<T>(x), rows_of<T>(residual), Global(static_cast<const W*>(weight)),
                            Global(static_cast<T*>(y)), Global(static_cast<T*>(sum)), Global(rstd),
-                           shape.rows, static_cast<int>(shape.columns), 0, eps};
+                           shape.rows, static_cast<int>(shape.columns), block_threads(shape.columns), eps};
     const auto aligned = [&](const void* data, int64_t stride) {
       return in_vectors(data, stride, shape.columns, sizeof(T));
     };
     const bool vectors = aligned(x.data, x.stride) && aligned(residual.data, residual.stride) &&
                          aligned(y, shape.columns) && aligned(sum, shape.columns) && aligned(weight, 0);
-    const RowPlan plan = plan_row(vectors ? shape.columns / kVectorWidth<T> : kMaxRowVectors + 1);
-    constexpr int sums_bytes = kMaxRowThreads / 32 * 4;
+    const RowPlan plan = vectors ? plan_forward(shape.columns / kVectorWidth<T>) : RowPlan{};
     if (plan.vectors == 0) {
-      args.threads_per_row = shape.columns < 1024 ? 128 : kMaxRowThreads;
-      const LaunchShape launch_shape{{ceil_div(shape.rows, 1)}, args.threads_per_row, sums_bytes};
+      const LaunchShape launch_shape{{ceil_div(shape.rows, 1)}, args.threads.threads_per_row, kSumsBytes};
       return launch<forward_any_kernel<T, W>>(launch_shape, stream, args);
     }
-    args.threads_per_row = plan.threads_per_row;
-    const LaunchShape launch_shape{{ceil_div(shape.rows, plan.rows_per_block)}, plan.threads(), sums_bytes};
-    return with_vectors(plan.vectors, [&](auto v) {
+    args.threads = row_threads(plan, shape.columns, kVectorWidth<T>);
+    const LaunchShape launch_shape{{ceil_div(shape.rows, plan.rows_per_block)}, plan.threads(), kSumsBytes};
+    return with_vectors<1, 2, 3, 4, 8>(plan.vectors, [&](auto v) {
       return launch<forward_kernel<T, W, decltype(v)::value>>(launch_shape, stream, args);
     });
   });

@@ -41,11 +41,14 @@ def test_rms_norm(shape, dtype, with_residual, record_property):
     total = (x + residual if with_residual else x).double()
     x_hat = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
     terms = (dy.double() * x_hat).abs().reshape(-1, shape[-1]).sum(0)
+    # And a gradient is a difference, so that of its terms, which may be much larger than itself.
+    rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
+    slopes = (rstd * dy.double() * weight.double()).abs()
     names = ("y", "sum", "dx", "dweight", "dresidual") if with_residual else ("y", "dx", "dweight")
     for name, got, peer, truth in zip(names, ours, plain, exact, strict=True):
         error, bound = largest(got - truth), 2 * largest(peer - truth)
-        # A gradient is a difference of terms of about the size of 1.
-        size = max(1.0, largest(terms if name == "dweight" else truth))
+        relative_to = {"dweight": terms, "dx": slopes, "dresidual": slopes}.get(name, truth)
+        size = max(1.0, largest(relative_to))
         bound += 4 * torch.finfo(dtype).eps * size
         record_property(f"{name} error", f"{error:.3g}")
         record_property(f"{name} bound", f"{bound:.3g}")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from almostgpt import GPT, GPTConfig, kernels
+from almostgpt.errors import UserError
 from almostgpt.kernels import emulator
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -269,6 +270,14 @@ def test_a_missing_barrier_names_both_lines():
     lines = {line for line in str(error.value).replace(",", " ").split() if line.startswith(file)}
     assert len(lines) >= 2, str(error.value)
     assert torch.isfinite(emulated(x, weight)[0]).all()  # the process goes on
+
+
+def test_under_torch_func_only_the_reference_runs():
+    x, weight, *_ = make((4, 3), 16, torch.float32)
+    with pytest.raises(UserError, match="torch.func"):
+        torch.func.vmap(lambda row: emulated(row, weight)[0])(x)
+    by_vmap = torch.func.vmap(lambda row: kernels.rms_norm(row, weight))(x)
+    torch.testing.assert_close(by_vmap, kernels.rms_norm(x, weight))
 
 
 # --- in a model --------------------------------------------------------------------------------------

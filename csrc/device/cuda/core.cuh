@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #define KERNEL __global__ void
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
@@ -315,9 +317,7 @@ template <class... Parameters, void (*kernel)(Parameters...)>
 struct Launch<kernel> {
   static int go(const LaunchShape& shape, void* stream, Parameters... parameters) {
     if (shape.shared_bytes > 48 * 1024) {  // more than every card gives must be asked for
-      const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-      if (error != cudaSuccess) return error;
+      if (const int error = allow_all_shared_memory()) return error;
     }
     cudaLaunchAttribute cooperative = {};
     cooperative.id = cudaLaunchAttributeCooperative;
@@ -330,6 +330,21 @@ struct Launch<kernel> {
     config.attrs = &cooperative;
     config.numAttrs = shape.co_resident ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, parameters...);
+  }
+
+  // Once for each device: the most there is, so that no two threads set different limits.
+  static int allow_all_shared_memory() {
+    static std::atomic<uint64_t> allowed{0};  // a bit for each device
+    int device = 0, most = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    const uint64_t bit = uint64_t{1} << (device & 63);
+    if (allowed.load(std::memory_order_acquire) & bit) return cudaSuccess;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+      return error;
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most))
+      return error;
+    allowed.fetch_or(bit, std::memory_order_release);
+    return cudaSuccess;
   }
 };
 }  // namespace detail
