@@ -48,7 +48,9 @@ EXPECTED = (
         r"forward_kernel<\w+, \w+, \d>", has="LDG.128 STG.128", lacks="LDG.16 LDG.32 STG.16"
     ),
     Expectation(
-        r"backward_kernel<\w+, \w+, \d, \w+>", has="LDGSTS LDG.128 STG.128", lacks="LDG.16 STG.16 STG.32"
+        r"backward_kernel<\w+, \w+, \d, \w+>",
+        has="LDGSTS LDG.128 STG.128",
+        lacks="LDG.16 STG.16 STG.32",
     ),
     # The example matrix products: the ways of sm_80 and of sm_90 to the tensor cores.
     Expectation(r"gemm_sm80_kernel<\w+>", has="LDGSTS LDSM HMMA", lacks="LDG.16 LDG.32"),
