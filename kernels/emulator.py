@@ -19,6 +19,7 @@ begins with: ``ALMOSTGPT_EMULATOR_SEED``, ``_ASYNC``, ``_CHECK``, ``_MULTIPROCES
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -67,6 +68,7 @@ def settings(
         check: look for races, uninitialised and too early reads. Bounds are always checked.
         multiprocessors: of the card that is played; 0: as many as it has.
     """
+    _check_settings(seed, asynchrony, check, multiprocessors)
     before = options()
     given = {
         "seed": seed,
@@ -100,7 +102,7 @@ def reset_statistics() -> None:
 def sites() -> list[dict]:
     """Every call of a synchronising primitive that ran since the last reset, in order.
 
-    Each is ``{"site": "rms_norm_forward.cu:88 cta_sync", "mutations": ["drop"]}``: what ``fault``
+    Each is ``{"site": "rms_norm.cuh:66 cta_sync", "mutations": ["drop"]}``: what ``fault``
     takes.
     """
     return json.loads(_native("sites"))
@@ -108,12 +110,48 @@ def sites() -> list[dict]:
 
 @contextmanager
 def fault(site: str, mutation: str) -> Iterator[None]:
-    """Drop or weaken one call of a synchronising primitive: does anything notice?"""
+    """Drop or weaken one call of a synchronising primitive: does anything notice?
+
+    Raises:
+        UserError: no such mutation; another fault is planted already; or the block ended, and the
+            call at that site never ran.
+    """
+    global _fault_is_planted
+    if _fault_is_planted:
+        raise UserError("emulator.fault: one fault at a time")
+    if not site:
+        raise UserError("emulator.fault: name a site, such as those of emulator.sites()")
     _native("inject", site, mutation)
+    _fault_is_planted = True
     try:
         yield
+        if not _native("injected_ran"):
+            ran = [entry["site"] for entry in sites()]
+            nearest = difflib.get_close_matches(site, ran, n=1, cutoff=0.0)
+            hint = f"; the nearest that did is {nearest[0]!r}" if nearest else ""
+            raise UserError(f"emulator.fault: no call at {site!r} ran{hint}")
     finally:
+        _fault_is_planted = False
         _native("inject", "", "")
+
+
+_fault_is_planted = False  # as the library's own fault it is the process's
+
+
+def _check_settings(seed, asynchrony, check, multiprocessors) -> None:
+    for name, value, most in (
+        ("seed", seed, 2**63 - 1),
+        ("multiprocessors", multiprocessors, 100000),
+    ):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 0 <= value <= most):
+            raise UserError(
+                f"emulator: {name} must be a whole number from 0 to {most}, not {value!r}"
+            )
+    if asynchrony is not None and asynchrony not in ("late", "early", "random"):
+        raise UserError(f"emulator: asynchrony must be late, early or random, not {asynchrony!r}")
+    if check is not None and not isinstance(check, bool):
+        raise UserError(f"emulator: check must be True or False, not {check!r}")
 
 
 # --- the library ---------------------------------------------------------------------------------
@@ -177,6 +215,8 @@ def _run(op, capability: int, *args):
     _load_once()
     try:
         return op(*args, capability)
+    except ValueError as error:  # std::invalid_argument: a bad value in the environment
+        raise UserError(f"emulator: {error}") from None
     except RuntimeError as error:
         # Written so by csrc/torch/context_emulator.h, the one form in which torch lets it through.
         finding = re.match(r"EmulatorError ([\w-]+)\n(.*)", str(error), re.DOTALL)

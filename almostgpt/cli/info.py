@@ -123,7 +123,10 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
 
 
 def _explain(name: str, args: tuple, kwargs: dict) -> dict[str, Any]:
-    explanation = kernels.explain(name, *args, **kwargs)
+    try:
+        explanation = kernels.explain(name, *args, **kwargs)
+    except UserError as error:  # a forced backend cannot run it: this is where one comes to see why
+        return {"backend": "none", "kernel": str(error), "reasons": {}}
     return {
         "backend": explanation.backend,
         "kernel": explanation.kernel,
@@ -153,7 +156,7 @@ def _show(report: dict[str, Any]) -> None:
 
 def run_checks(given: InfoArguments) -> int:
     """Checks what is asked for, prints the outcome and returns the exit code."""
-    emulated = given.backend == "emulator"
+    emulated = _emulated(given)
     device = pick_device("cpu" if emulated and given.device == "auto" else given.device)
     place = "emulator" if emulated else "cuda" if device.type == "cuda" else "cpu"
     dtype = given.dtype or ("fp32" if place == "cpu" else "bf16")
@@ -205,12 +208,16 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _forced_backend(given: InfoArguments) -> AbstractContextManager:
-    if given.capability is not None and given.backend != "emulator":
+    if given.capability is not None and not _emulated(given):
         raise UserError("--capability is of the card that the emulator plays: --backend emulator")
-    if given.backend is None:
-        return nullcontext()
-    options = {} if given.capability is None else {"capability": _capability(given.capability)}
-    return kernels.use_backend(given.backend, **options)
+    if given.capability is not None:
+        return kernels.use_backend("emulator", capability=_capability(given.capability))
+    return nullcontext() if given.backend is None else kernels.use_backend(given.backend)
+
+
+def _emulated(given: InfoArguments) -> bool:
+    """Whether the emulator is asked for, here or for the whole process."""
+    return (given.backend or os.environ.get("ALMOSTGPT_BACKEND")) == "emulator"
 
 
 def _capability(text: str) -> tuple[int, ...]:

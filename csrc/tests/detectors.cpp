@@ -196,6 +196,10 @@ KERNEL two_operations(const Args args) {
   if (lane_id() < 16) shfl_xor(1, 1, args.right ? 0xffff : ~0u);
   else ballot(true, args.right ? 0xffff0000 : ~0u);
 }
+KERNEL two_calls_of_a_barrier(const Args args) {
+  if (lane_id() < 16 || args.right) cta_sync();
+  else cta_sync();
+}
 KERNEL source_outside(const Args args) {
   if (lane_id() < 16) shfl_xor(1, args.right ? 8 : 16, 0xffff);
 }
@@ -788,6 +792,7 @@ void memory_of_blocks() {
   twins<two_operations>("shuffle and ballot at once", "divergence");
   twins<source_outside>("shuffle from outside of the mask", "divergence");
   twins<caller_outside>("caller outside of the mask", "divergence");
+  twins<two_calls_of_a_barrier>("half a warp in another call of the barrier", "divergence", two_warps);
   twins<exit_before_barrier>("return before a barrier", "deadlock", two_warps);
   twins<barrier_by_one_lane>("barrier by one lane", "deadlock", two_warps);
   twins<barrier_of_two_sizes>("barrier with two counts", "barrier", two_warps);

@@ -49,6 +49,7 @@ std::string statistics() { return emulator::statistics(); }
 void reset_statistics() { emulator::reset_statistics(); }
 std::string sites() { return emulator::sites(); }
 void inject(std::string site, std::string mutation) { emulator::inject(site, mutation); }
+bool injected_ran() { return emulator::injected_ran(); }
 
 }  // namespace
 
@@ -59,6 +60,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(almostgpt_emulator, library) {
   library.def("reset_statistics() -> ()");
   library.def("sites() -> str");
   library.def("inject(str site, str mutation) -> ()");
+  library.def("injected_ran() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(almostgpt_emulator, CompositeExplicitAutograd, library) {
@@ -68,6 +70,7 @@ STABLE_TORCH_LIBRARY_IMPL(almostgpt_emulator, CompositeExplicitAutograd, library
   library.impl("reset_statistics", TORCH_BOX(&reset_statistics));
   library.impl("sites", TORCH_BOX(&sites));
   library.impl("inject", TORCH_BOX(&inject));
+  library.impl("injected_ran", TORCH_BOX(&injected_ran));
 }
 
 }  // namespace almostgpt::binding

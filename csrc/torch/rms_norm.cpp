@@ -23,8 +23,9 @@ RmsNormShape shape_of(const char* op, const Tensor& x, const Tensor& weight) {
                   ",), the last size of x");
   const RmsNormShape shape{x.numel() / columns, columns, dtype_of(op, "x", x),
                            dtype_of(op, "weight", weight)};
-  constexpr int64_t most = std::numeric_limits<int>::max() - 1024;  // the kernels count both in 32 bits
-  STD_TORCH_CHECK(shape.rows <= most && shape.columns <= most, op, ": more than 2^31 - 1024 rows or columns");
+  // The kernels count both in 32 bits, and a step beyond the end.
+  constexpr int64_t most = std::numeric_limits<int>::max() - (1 << 20);
+  STD_TORCH_CHECK(shape.rows <= most && shape.columns <= most, op, ": more than ", most, " rows or columns");
   STD_TORCH_CHECK(shape.weight_dtype == shape.dtype || shape.weight_dtype == DType::float32, op,
                   ": weight must have the dtype of x, or float32");
   return shape;

@@ -94,7 +94,7 @@ def test_settings_hold_for_a_block():
     before = emulator.options()
     with emulator.settings(seed=5, check=False):
         assert emulator.options() == {**before, "seed": 5, "check": False}
-        with pytest.raises(UserError, match="late, early or random, not never"):
+        with pytest.raises(UserError, match="late, early or random, not 'never'"):
             with emulator.settings(asynchrony="never"):
                 pass
         with emulator.settings(asynchrony="random", multiprocessors=2):
@@ -216,3 +216,20 @@ def with_gradient(norm) -> tuple[torch.Tensor, torch.Tensor]:
     x = X.clone().requires_grad_()
     y = norm(x)
     return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"seed": "a"}, "seed must be"),
+        ({"multiprocessors": 2**33}, "multiprocessors must be"),
+        ({"asynchrony": 3}, "late, early or random"),
+        ({"check": "no"}, "check must be True or False"),
+    ],
+)
+def test_bad_settings_are_named(wrong, says):
+    with pytest.raises(UserError, match=says):
+        with emulator.settings(**wrong):
+            pass

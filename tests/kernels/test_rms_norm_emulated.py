@@ -1,5 +1,8 @@
 """The CUDA kernels of RMSNorm, run by the emulator: right, ordered, minimal in bytes, no barrier idle."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -270,6 +273,28 @@ def test_a_missing_barrier_names_both_lines():
     lines = {line for line in str(error.value).replace(",", " ").split() if line.startswith(file)}
     assert len(lines) >= 2, str(error.value)
     assert torch.isfinite(emulated(x, weight)[0]).all()  # the process goes on
+
+
+def test_the_example_of_the_docs_says_what_they_show():
+    page = (Path(__file__).parents[2] / "docs" / "emulator.md").read_text()
+    code = re.search(r"```python\n(import torch\n.*?emulator\.fault\(.*?)```", page, re.S)[1]
+    shown = re.search(r"```\n\S*EmulatorError: (race.*?)```", page, re.S)[1]
+    with pytest.raises(kernels.EmulatorError) as error:
+        exec(code, {})
+    assert str(error.value) == shown.strip()
+
+
+def test_a_fault_at_a_call_that_never_runs_is_an_error():
+    x, weight, *_ = make((3,), 4096, torch.bfloat16)
+    with pytest.raises(UserError, match="ran; the nearest that did is 'rms_norm.cuh:"):
+        with emulator.fault("rms_norm.cuh:1 cta_sync", "drop"):
+            emulated(x, weight)
+    with pytest.raises(UserError, match="one fault at a time"):
+        with emulator.fault("a:1 cta_sync", "drop"), emulator.fault("b:1 cta_sync", "drop"):
+            pass
+    with pytest.raises(UserError, match="name a site"):
+        with emulator.fault("", "drop"):
+            pass
 
 
 def test_under_torch_func_only_the_reference_runs():

@@ -30,12 +30,17 @@ void arrive(int number, int count, bool waits, Location at) {
   else if (barrier.expected != count)
     fail("barrier", at, format("barrier %d is used with %d threads here and with %d at %s", number, count,
                                barrier.expected, text(barrier.at).c_str()));
+  const Location& of_warp = barrier.waiting_at[me.warp->id];
+  if (waits && barrier.waiting[me.warp->id] && !(of_warp == at))
+    fail("divergence", at, format("a lane waits at barrier %d here while others of its warp wait there at %s", number,
+                                  text(of_warp).c_str()));
   barrier.at = at;
   release(me, barrier.arrivals);
   if (++barrier.arrived < barrier.expected) {
     if (!waits) return;
     uint32_t& waiting = barrier.waiting[me.warp->id];
     waiting |= 1u << me.lane;
+    barrier.waiting_at[me.warp->id] = at;
     if (waiting == me.warp->alive) lanes_are_together(*me.warp);
     wait("barrier", at, number);
     return;

@@ -153,6 +153,7 @@ struct Warp {
 struct Barrier {
   int expected = 0, arrived = 0;
   uint32_t waiting[32] = {};  // lanes, by warp
+  Location waiting_at[32];    // theirs: the lanes of a warp must wait in the same call
   Arrivals arrivals;
   Location at;
 };

@@ -32,6 +32,7 @@ std::vector<Site>& seen_sites() {
 
 std::string injected_site;
 Mutation injected_mutation = Mutation::none;
+bool injected_site_ran = false;
 
 }  // namespace
 
@@ -46,6 +47,7 @@ Mutation Fault::look_up(Location location) const {
   if (std::none_of(sites.begin(), sites.end(), [&](const Site& site) { return site.name == name; }))
     sites.push_back({name, this});
   const Mutation mutation = name == injected_site ? injected_mutation : Mutation::none;
+  injected_site_ran |= mutation != Mutation::none;
   recent_[static_cast<unsigned>(location.line) % kRecent] = {location, generation_, mutation};
   return mutation;
 }
@@ -67,6 +69,11 @@ std::string sites() {
   return json + "]";
 }
 
+bool injected_ran() {
+  const NoOtherSession lock;
+  return injected_site_ran;
+}
+
 void forget_sites() {
   seen_sites().clear();
   Fault::forget_recent();
@@ -86,6 +93,7 @@ void inject(const std::string& site, const std::string& mutation) {
       throw std::invalid_argument("inject: " + std::string(seen.fault->primitive) + " has no mutation '" + mutation + "'");
   injected_site = site;
   injected_mutation = site.empty() ? Mutation::none : chosen;
+  injected_site_ran = false;
   Fault::forget_recent();
 }
 

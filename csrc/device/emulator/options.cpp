@@ -14,7 +14,7 @@ Options& chosen() {
   return options;
 }
 
-[[noreturn]] void refuse(const char* name, const std::string& value, const char* allowed) {
+[[noreturn]] void refuse(const char* name, const std::string& value, const std::string& allowed) {
   throw std::invalid_argument(std::string(name) + "=" + value + ": must be " + allowed);
 }
 
@@ -32,7 +32,8 @@ uint64_t number(const char* name, uint64_t otherwise, uint64_t most) {
   char* end = nullptr;
   errno = 0;
   const unsigned long long result = std::strtoull(value, &end, 10);
-  if (*value < '0' || *value > '9' || *end || errno || result > most) refuse(name, value, "a whole number");
+  if (*value < '0' || *value > '9' || *end || errno || result > most)
+    refuse(name, value, "a whole number up to " + std::to_string(most));
   return result;
 }
 
@@ -40,7 +41,7 @@ uint64_t number(const char* name, uint64_t otherwise, uint64_t most) {
 
 Options options_from_environment() {
   Options result;
-  result.seed = number("ALMOSTGPT_EMULATOR_SEED", 0, UINT64_MAX);
+  result.seed = number("ALMOSTGPT_EMULATOR_SEED", 0, INT64_MAX);
   result.check = flag("ALMOSTGPT_EMULATOR_CHECK", true);
   result.abort = flag("ALMOSTGPT_EMULATOR_ABORT", false);
   result.multiprocessors = static_cast<int>(number("ALMOSTGPT_EMULATOR_MULTIPROCESSORS", 0, 100000));
