@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import _C
 
 from almostgpt.kernels import emulator, native
 from almostgpt.kernels.dispatch import Card, Kernel
@@ -89,8 +88,8 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
 
     def refuse_cuda(card: Card | None, tensor, *args, **kwargs) -> str | None:
         if card is None:
-            if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
-                return "under torch.func (vmap, grad, jvp) only the reference runs"
+            if why := _refuse_transforms():
+                return why
             if not tensor.is_cuda:
                 return f"the tensors are on {tensor.device}"
             card = native.capability_of(tensor.device.index)
@@ -99,8 +98,8 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
         return refuse_card(card, tensor, *args, **kwargs)
 
     def refuse_emulator(card: Card, tensor, *args, **kwargs) -> str | None:
-        if not torch.compiler.is_compiling() and _C._are_functorch_transforms_active():
-            return "under torch.func (vmap, grad, jvp) only the reference runs"
+        if why := _refuse_transforms():
+            return why
         if tensor.device.type not in ("cpu", "meta"):
             return f"the tensors are on {tensor.device}, and the emulator runs on the CPU"
         return emulator.refuse() or refuse_card(card, tensor, *args, **kwargs)
@@ -115,3 +114,9 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
         Kernel("cuda", name, refuse_cuda, run_cuda),
         Kernel("emulator", name, refuse_emulator, run_emulator),
     )
+
+
+def _refuse_transforms() -> str | None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "under torch.func (vmap, grad, jvp) only the reference runs"
+    return None

@@ -132,6 +132,8 @@ def _check_ops(ops: Iterable[str]) -> tuple[str, ...]:
     from almostgpt.kernels import OPS  # it is made of this module's Op
 
     names = (ops,) if isinstance(ops, str) else tuple(ops)
+    if not names:
+        raise UserError("use_backend: ops is empty; leave it out to force all of them")
     for name in names:
         if name not in OPS:
             raise UserError(f"no op named {name!r}; the ops are {', '.join(OPS)}")

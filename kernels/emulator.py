@@ -102,7 +102,7 @@ def reset_statistics() -> None:
 def sites() -> list[dict]:
     """Every call of a synchronising primitive that ran since the last reset, in order.
 
-    Each is ``{"site": "rms_norm.cuh:66 cta_sync", "mutations": ["drop"]}``: what ``fault``
+    Each is ``{"site": "rms_norm.cuh:65 cta_sync", "mutations": ["drop"]}``: what ``fault``
     takes.
     """
     return json.loads(_native("sites"))
@@ -116,13 +116,9 @@ def fault(site: str, mutation: str) -> Iterator[None]:
         UserError: no such mutation; another fault is planted already; or the block ended, and the
             call at that site never ran.
     """
-    global _fault_is_planted
-    if _fault_is_planted:
-        raise UserError("emulator.fault: one fault at a time")
     if not site:
         raise UserError("emulator.fault: name a site, such as those of emulator.sites()")
     _native("inject", site, mutation)
-    _fault_is_planted = True
     try:
         yield
         if not _native("injected_ran"):
@@ -131,11 +127,7 @@ def fault(site: str, mutation: str) -> Iterator[None]:
             hint = f"; the nearest that did is {nearest[0]!r}" if nearest else ""
             raise UserError(f"emulator.fault: no call at {site!r} ran{hint}")
     finally:
-        _fault_is_planted = False
         _native("inject", "", "")
-
-
-_fault_is_planted = False  # as the library's own fault it is the process's
 
 
 def _check_settings(seed, asynchrony, check, multiprocessors) -> None:

@@ -7,6 +7,7 @@ and every torch from 2.10 on. Loading it registers the CUDA kernels of the ops i
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
@@ -62,6 +63,7 @@ def load(path: Path) -> Native:
     return Native(str(path), error=None, archs=archs, **info)
 
 
+@functools.cache  # asked at every call of an op
 def serves(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code compiled for ``archs`` runs on a GPU of this compute capability.
 
@@ -88,11 +90,13 @@ def serves(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
 # The capability of a device never changes within a process, so torch.compile may take the answer
 # for a constant (it cannot trace the driver's query).
 @torch.compiler.assume_constant_result
+@functools.cache
 def capability_of(index: int) -> tuple[int, int]:
     """The compute capability of CUDA device ``index``."""
     return torch.cuda.get_device_capability(index)
 
 
+@torch.compiler.assume_constant_result
 def refuse(capability: tuple[int, int]) -> str | None:
     """Why no kernel of the library runs on a GPU of this compute capability, or None."""
     if why := NATIVE.refuse():

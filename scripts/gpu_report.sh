@@ -9,7 +9,8 @@ usage: scripts/gpu_report.sh --stage STAGE [--out DIR] [--python PYTHON]
 
 Builds the package for the GPU of this machine and runs one stage, all in under 8 minutes:
 
-  conformance   the CUDA kernels against float64 on a fixed grid of shapes
+  conformance   every device primitive, by csrc/tests/conformance*.cu, whose raw results are kept;
+                then the CUDA kernels against float64 on a fixed grid of shapes
   tests         every test, the slow ones and those in tests/gpu too
   sanitizer     memcheck, racecheck, synccheck and initcheck over every CUDA op
   bench         the benchmarks, and a short training run of a real preset (tokens/s, MFU)
@@ -37,7 +38,8 @@ a network, for the Python and platform of the GPU machine (here 3.12 on x86-64),
       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
       -d wheels tyro docstring-parser typeguard typing-extensions
 
-and then `--wheels wheels` (installed with --no-index --no-deps, so name what a package needs too).
+(and liger-kernel, for the benchmarks to compare with), and then `--wheels wheels` (installed with
+--no-index --no-deps, so name what a package needs too).
 A text is any UTF-8 file, such as a book; bring it likewise and name it with --text.
 HELP
 }
@@ -253,9 +255,8 @@ stage_bench() {
   if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
   local missing file name limit
   if missing=$(has_modules pytest_benchmark); then
-    # A run for each file: one that is stopped takes no other's tables with it. Kernels first.
-    shopt -s extglob
-    for file in benchmarks/test_rms_norm.py benchmarks/test_!(rms_norm).py; do
+    # A run for each file: one that is stopped takes no other's tables with it.
+    for file in benchmarks/test_*.py; do
       name=$(basename "$file" .py) limit=70
       if [[ $name == test_rms_norm ]]; then limit=200; fi
       run_pytest "$limit" "$name" "$file" --benchmark-only -q --save-results \

@@ -80,7 +80,7 @@ def collect(device: torch.device) -> dict[str, Any]:
             "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
             **_gpus(),
         },
-        "native": kernels.build_info(),
+        "native": kernels.build_info() | {"emulator": kernels.emulator.refuse() or "built"},
         "ops": {
             name: _explain(name, args, kwargs) for name, args, kwargs in _example_calls(device)
         },

@@ -23,6 +23,12 @@ enum class Cache {
   streaming,  // touched once: loads are read_only and leave nothing in L1; stores are evicted first
 };
 
+template <class T> class Global;
+namespace detail {
+// For the primitives, and for hosts.
+template <class T> HOST_DEVICE T* address_of(Global<T> pointer) { return pointer.address_; }
+}  // namespace detail
+
 // A pointer into global memory, only to be handed to primitives: it cannot be dereferenced, so no
 // access escapes their checks. Arithmetic counts elements, in 64 bits.
 template <class T>
@@ -32,7 +38,7 @@ class Global {
   HOST_DEVICE explicit Global(T* address) : address_(address) {}
   // Global<T> becomes Global<const T> by itself.
   template <class U, class = std::enable_if_t<std::is_same_v<const U, T>>>
-  HOST_DEVICE Global(Global<U> other) : address_(other.address()) {}
+  HOST_DEVICE Global(Global<U> other) : address_(detail::address_of(other)) {}
 
   HOST_DEVICE Global operator+(int64_t elements) const { return Global(address_ + elements); }
   HOST_DEVICE Global operator-(int64_t elements) const { return Global(address_ - elements); }
@@ -40,10 +46,10 @@ class Global {
   // The same address as elements of another type.
   template <class U>
   HOST_DEVICE Global<U> as() const { return Global<U>(reinterpret_cast<U*>(address_)); }
-  // For primitives and hosts alone.
-  HOST_DEVICE T* address() const { return address_; }
 
  private:
+  template <class U> friend HOST_DEVICE U* detail::address_of(Global<U> pointer);
+
   T* address_ = nullptr;
 };
 

@@ -26,7 +26,6 @@ RowsOf<T> rows_of(ConstRows rows) {
 // Where the threads of a block are, as a kernel takes it: divisions are done once, on the host.
 struct RowThreads {
   int threads_per_row = 0, rows_per_block = 1;
-  int row_vectors = 0;
   uint32_t reciprocal = 0;  // 2^16 over a row's warps, rounded up: exact for the 16 warps of a block
   float inverse_columns = 0.0f;
 
@@ -40,9 +39,9 @@ DEVICE int first_vector(int thread) {
   return thread / 32 * (32 * V) + lane_id();
 }
 
-inline RowThreads row_threads(const RowPlan& plan, int64_t columns, int width) {
-  return {plan.threads_per_row, plan.rows_per_block, static_cast<int>(columns / width),
-          65536u / (plan.threads_per_row / 32) + 1, 1.0f / static_cast<float>(columns)};
+inline RowThreads row_threads(const RowPlan& plan, int64_t columns) {
+  return {plan.threads_per_row, plan.rows_per_block, 65536u / (plan.threads_per_row / 32) + 1,
+          1.0f / static_cast<float>(columns)};
 }
 // A row a block, for the kernels that take any row.
 inline RowThreads block_threads(int64_t columns) {

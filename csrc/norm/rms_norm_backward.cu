@@ -70,7 +70,7 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 2 ? 2 : 1) backward_kernel(GRID_CONSTA
   Global<const T> dsum_next = a.dsum.row(row_of_thread) + offset;
   Global<T> dx = a.dx + static_cast<int64_t>(row_of_thread) * a.columns + offset;
   float rstd_fetched = 0.0f;
-  // The row after the last one fetched; past the end nothing.
+  // Of that row, the one after the last; past the end nothing.
   const auto fetch = [&](int row, shared_addr to) {
     const bool there = row < rows;
     rstd_fetched = there ? load_global<Cache::read_only>(a.rstd + row) : 0.0f;
@@ -335,7 +335,7 @@ int rms_norm_backward(const RmsNormShape& shape, ConstRows dy, ConstRows dsum, C
                             Global(partial + blocks * shape.columns), shape.rows, columns,
                             block_threads(columns), plan.stages, plan.tensors, 0, 0, 0, 0, 0};
     if (shape.rows > 0 && plan.row.vectors > 0) {
-      args.threads = row_threads(plan.row, columns, kVectorWidth<T>);
+      args.threads = row_threads(plan.row, columns);
       args.step = static_cast<int>(blocks) * plan.row.rows_per_block;
       args.dy_step = args.step * dy.stride;
       args.dsum_step = args.step * dsum.stride;

@@ -23,7 +23,7 @@ KERNEL LAUNCH_BOUNDS(kMaxRowThreads, V <= 4 ? 2 : 1) forward_kernel(GRID_CONSTAN
   constexpr int width = kVectorWidth<T>;
   const int thread = a.threads.thread(), first = first_vector<V>(thread);
   const int64_t row = static_cast<int64_t>(block_x()) * a.threads.rows_per_block + a.threads.place();
-  const int row_vectors = row < a.rows ? a.threads.row_vectors : 0;  // none: only waits with the others
+  const int row_vectors = row < a.rows ? a.columns / width : 0;  // none: only waits with the others
 
   u32x4 vectors[V];
   const auto load = [&](const RowsOf<T>& from, u32x4 (&to)[V]) {
@@ -121,7 +121,7 @@ int rms_norm_forward(const RmsNormShape& shape, ConstRows x, ConstRows residual,
       const LaunchShape launch_shape{{ceil_div(shape.rows, 1)}, args.threads.threads_per_row, kSumsBytes};
       return launch<forward_any_kernel<T, W>>(launch_shape, stream, args);
     }
-    args.threads = row_threads(plan, shape.columns, kVectorWidth<T>);
+    args.threads = row_threads(plan, shape.columns);
     const LaunchShape launch_shape{{ceil_div(shape.rows, plan.rows_per_block)}, plan.threads(), kSumsBytes};
     return with_vectors<1, 2, 3, 4, 8>(plan.vectors, [&](auto v) {
       return launch<forward_kernel<T, W, decltype(v)::value>>(launch_shape, stream, args);

@@ -21,7 +21,7 @@ KERNEL global_pointers_kernel(const Global<const uint32_t> in, const Global<uint
   store_global(out + 2, static_cast<uint32_t>(load_global(halves + 5)));
   store_global(out + 3, static_cast<uint32_t>(static_cast<bool>(in)));
   store_global(out + 4, static_cast<uint32_t>(static_cast<bool>(Global<float>())));
-  store_global(out + 5, static_cast<uint32_t>(converted.address() == out.address()));
+  store_global(out + 5, static_cast<uint32_t>(device::detail::address_of(converted) == device::detail::address_of(out)));
 }
 
 CASE(types, "bf16 fp16 u32x2 u32x4 f32x4 shared_addr Global SwizzleSpan") {

@@ -248,7 +248,7 @@ KERNEL global_out_of_bounds(const Args args) {
 }
 KERNEL global_misaligned(const Args args) { load_global_as<f32x4>(args.input + (args.right ? 4 : 1)); }
 KERNEL global_input_written(const Args args) {
-  store_global(args.right ? args.output : Global(const_cast<float*>(args.input.address())), 1.f);
+  store_global(args.right ? args.output : Global(const_cast<float*>(device::detail::address_of(args.input))), 1.f);
 }
 KERNEL global_uninitialised(const Args args) {
   if (args.right) store_global(args.output + thread_id(), 1.f);

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rms_norm_truth import assert_close_to_float64, make, plain, with_gradients
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -14,17 +15,6 @@ from almostgpt.kernels.rms_norm import _run_csrc
 FORWARD = torch.ops.almostgpt.rms_norm_forward.default
 ADD_FORWARD = torch.ops.almostgpt.add_rms_norm_forward.default
 BACKWARD = torch.ops.almostgpt.rms_norm_backward.default
-
-
-def plain(x, weight, eps=1e-5):
-    """The definition, in x's own dtype."""
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
-
-
-def plain_add(x, weight, residual):
-    """With a residual: the sum is rounded to x's dtype."""
-    total = x + residual
-    return plain(total, weight), total
 
 
 def op(x, weight):
@@ -48,41 +38,6 @@ def through_function(norm):
     return run
 
 
-def with_gradients(norm, inputs, upstream):
-    """Outputs, then the gradient of each input."""
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    outputs = norm(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [dy.to(y.dtype) for y, dy in zip(outputs, upstream, strict=True)]
-    return *outputs, *torch.autograd.grad(outputs, inputs, upstream)
-
-
-def magnitudes(x, weight, dy, eps=1e-5):
-    """The largest terms that y, dx and dweight are sums of: what their rounding is relative to."""
-    x, weight, dy = x.double(), weight.double(), dy.double()
-    rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    y, dx = (x * rstd * weight).abs(), (dy * weight * rstd).abs()
-    return y, dx, (dy * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
-
-
-def within_twice_the_error_of_plain_maths(got, peer, exact, sizes):
-    for ours, same, truth, size in zip(got, peer, exact, sizes, strict=True):
-        assert ours.shape == truth.shape
-        if truth.numel():
-            slack = 4 * torch.finfo(ours.dtype).eps * size.max()
-            error = (ours.double() - truth).abs().max()
-            assert error <= 2 * (same.double() - truth).abs().max() + slack
-
-
-def drawn(leading, n, dtype, wide_weight, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x, residual, dy, dsum = (
-        torch.randn(*leading, n, generator=generator).to(dtype) for _ in range(4)
-    )
-    weight = torch.randn(n, generator=generator).to(torch.float32 if wide_weight else dtype)
-    return x, weight, residual, dy, dsum
-
-
 DRAWN = given(
     st.lists(st.integers(0, 5), max_size=2),
     st.integers(1, 300),
@@ -96,12 +51,9 @@ DRAWN = given(
 @settings(deadline=None, max_examples=60)
 @DRAWN
 def test_error_is_within_twice_that_of_plain_maths(leading, n, dtype, wide, path, seed):
-    x, weight, _, dy, _ = drawn(leading, n, dtype, wide, seed)
+    x, weight, _, dy, _ = make(leading, n, dtype, wide, seed)
     norm = (kernels.rms_norm, op, through_function(op))[path]
-    exact = with_gradients(plain, (x.double(), weight.double()), (dy.double(),))
-    got = with_gradients(norm, (x, weight), (dy,))
-    peer = with_gradients(plain, (x, weight), (dy,))
-    within_twice_the_error_of_plain_maths(got, peer, exact, magnitudes(x, weight, dy))
+    assert_close_to_float64(norm, (x, weight), (dy,))
 
 
 @settings(deadline=None, max_examples=60)
@@ -109,18 +61,10 @@ def test_error_is_within_twice_that_of_plain_maths(leading, n, dtype, wide, path
 def test_error_with_a_residual_is_within_twice_that_of_plain_maths(
     leading, n, dtype, wide, path, seed
 ):
-    x, weight, residual, dy, dsum = drawn(leading, n, dtype, wide, seed)
+    x, weight, residual, dy, dsum = make(leading, n, dtype, wide, seed)
     norm = (public_add, op_add, through_function(op_add))[path]
-    inputs, upstream = (x, weight, residual), (dy, dsum)
-    exact = with_gradients(plain_add, [t.double() for t in inputs], [t.double() for t in upstream])
-    got = with_gradients(norm, inputs, upstream)
-    peer = with_gradients(plain_add, inputs, upstream)
-    assert torch.equal(got[1], x + residual)
-    y, dx, dweight = magnitudes(x + residual, weight, dy)
-    # The sum's rounding is part of the definition, and shifts what comes after it.
-    shift = (x.double().abs() + residual.double().abs()).sum()
-    sizes = [size + shift for size in (y, y, dx + dsum.double().abs(), dweight, dx)]
-    within_twice_the_error_of_plain_maths(got, peer, exact, sizes)
+    assert_close_to_float64(norm, (x, weight, residual), (dy, dsum))
+    assert torch.equal(norm(x, weight, residual)[1], x + residual)
 
 
 def test_output_dtypes_and_strides():
@@ -155,7 +99,7 @@ def test_gradients_where_only_one_of_the_two_outputs_is_used(used):
         return torch.autograd.grad(loss, inputs, materialize_grads=True)
 
     for norm in (public_add, op_add, through_function(op_add)):
-        for got, truth in zip(gradients(norm), gradients(plain_add), strict=True):
+        for got, truth in zip(gradients(norm), gradients(plain), strict=True):
             torch.testing.assert_close(got, truth)
 
 

@@ -1,6 +1,10 @@
 // The primitives that every GPU has (device.cuh lists them all).
 #pragma once
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the kernels are for sm_80 and later: give nvcc an architecture, such as -arch=sm_80"
+#endif
+
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -165,7 +169,7 @@ DEVICE unsigned char load_once(const unsigned char* p) { return __ldg(p); }
 // V, of 1, 2, 4, 8 or 16 bytes, from an address that is a multiple of its size, whatever T is.
 template <class V, Cache cache = Cache::normal, class T> DEVICE V load_global_as(Global<T> from) {
   using Raw = typename detail::Raw<sizeof(V)>::type;
-  const Raw* address = reinterpret_cast<const Raw*>(from.address());
+  const Raw* address = reinterpret_cast<const Raw*>(detail::address_of(from));
   Raw raw;
   if constexpr (cache == Cache::normal) raw = *address;
   else if constexpr (cache == Cache::read_only) raw = __ldg(address);
@@ -181,7 +185,7 @@ template <Cache cache = Cache::normal, class T> DEVICE std::remove_const_t<T> lo
 template <class V, Cache cache = Cache::normal, class T> DEVICE void store_global_as(Global<T> to, V value) {
   static_assert(cache != Cache::read_only);
   using Raw = typename detail::Raw<sizeof(V)>::type;
-  Raw* address = reinterpret_cast<Raw*>(to.address());
+  Raw* address = reinterpret_cast<Raw*>(detail::address_of(to));
   Raw raw;
   memcpy(&raw, &value, sizeof(V));
   if constexpr (cache == Cache::normal) *address = raw;
@@ -200,7 +204,7 @@ DEVICE void fence_gpu() { __threadfence(); }
 template <class T> DEVICE std::remove_const_t<T> load_relaxed(Global<T> from) {
   static_assert(sizeof(T) == 4);
   uint32_t raw;
-  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(raw) : "l"(from.address()) : "memory");
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(raw) : "l"(detail::address_of(from)) : "memory");
   std::remove_const_t<T> value;
   memcpy(&value, &raw, 4);
   return value;
@@ -209,12 +213,12 @@ template <class T> DEVICE void store_relaxed(Global<T> to, T value) {
   static_assert(sizeof(T) == 4);
   uint32_t raw;
   memcpy(&raw, &value, 4);
-  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to.address()), "r"(raw) : "memory");
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(detail::address_of(to)), "r"(raw) : "memory");
 }
 template <class T> DEVICE std::remove_const_t<T> load_acquire(Global<T> from) {
   static_assert(sizeof(T) == 4);
   uint32_t raw;
-  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(raw) : "l"(from.address()) : "memory");
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(raw) : "l"(detail::address_of(from)) : "memory");
   std::remove_const_t<T> value;
   memcpy(&value, &raw, 4);
   return value;
@@ -223,28 +227,28 @@ template <class T> DEVICE void store_release(Global<T> to, T value) {
   static_assert(sizeof(T) == 4);
   uint32_t raw;
   memcpy(&raw, &value, 4);
-  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to.address()), "r"(raw) : "memory");
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(detail::address_of(to)), "r"(raw) : "memory");
 }
 
 // The old value. Relaxed: orders nothing but itself.
-DEVICE float atomic_add(Global<float> to, float value) { return atomicAdd(to.address(), value); }
-DEVICE uint32_t atomic_add(Global<uint32_t> to, uint32_t value) { return atomicAdd(to.address(), value); }
+DEVICE float atomic_add(Global<float> to, float value) { return atomicAdd(detail::address_of(to), value); }
+DEVICE uint32_t atomic_add(Global<uint32_t> to, uint32_t value) { return atomicAdd(detail::address_of(to), value); }
 // The old value; acquires and releases, as a counter that hands data over has to.
 DEVICE uint32_t atomic_add_acq_rel(Global<uint32_t> to, uint32_t value) {
   uint32_t old;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(old) : "l"(to.address()), "r"(value) : "memory");
+               : "=r"(old) : "l"(detail::address_of(to)), "r"(value) : "memory");
   return old;
 }
 // The same sum where the old value is not needed.
 DEVICE void reduce_add(Global<float> to, float value) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to.address()), "f"(value) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(detail::address_of(to)), "f"(value) : "memory");
 }
 // Four sums; the address is a multiple of 16. One instruction from sm_90 on (PTX ISA 8.1), four before.
 DEVICE void reduce_add_f32x4(Global<float> to, f32x4 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               ::"l"(to.address()), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
+               ::"l"(detail::address_of(to)), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
 #else
   reduce_add(to, value.x);
   reduce_add(to + 1, value.y);

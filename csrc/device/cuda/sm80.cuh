@@ -47,7 +47,7 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // and others see it after a barrier that follows.
 template <class T> DEVICE void cp_async16(shared_addr to, Global<T> from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-               ::"r"(to), "l"(from.address()), "r"(valid ? 16 : 0) : "memory");
+               ::"r"(to), "l"(detail::address_of(from)), "r"(valid ? 16 : 0) : "memory");
 }
 // Makes a group of this thread's copies since the last one.
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -109,7 +109,7 @@ DEVICE void tma_reduce_add(const TensorMap* map, shared_addr from, int c0, int c
 // the size are multiples of 16. A member of the bulk group as the others are.
 DEVICE void bulk_reduce_add_f32(Global<float> to, shared_addr from, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-               ::"l"(to.address()), "r"(from), "r"(bytes) : "memory");
+               ::"l"(detail::address_of(to)), "r"(from), "r"(bytes) : "memory");
 }
 
 // Ends the bulk group of this thread's stores since the last one.

@@ -66,10 +66,10 @@ std::string statistics();
 void reset_statistics();
 
 // Every call of a synchronising primitive that ran since the last reset, with what may be done to it:
-// JSON [{"site": "rms_norm.cuh:66 cta_sync", "mutations": ["drop"]}, …] in order of appearance.
+// JSON [{"site": "rms_norm.cuh:65 cta_sync", "mutations": ["drop"]}, …] in order of appearance.
 std::string sites();
 // From now on the call at that site is dropped or weakened; "" for none. Throws std::invalid_argument for
-// a mutation that no primitive has.
+// a mutation that no primitive has, and for a second fault.
 void inject(const std::string& site, const std::string& mutation);
 // Whether that call has been reached since.
 bool injected_ran();

@@ -86,6 +86,8 @@ void inject(const std::string& site, const std::string& mutation) {
   if (!site.empty() && chosen == Mutation::none)
     throw std::invalid_argument("inject: no primitive has the mutation '" + mutation + "'");
   const NoOtherSession lock;
+  if (!site.empty() && !injected_site.empty())
+    throw std::invalid_argument("inject: one fault at a time; " + injected_site + " is in force");
   for (const Site& seen : seen_sites())
     if (seen.name == site &&
         std::none_of(seen.fault->mutations.begin(), seen.fault->mutations.end(),

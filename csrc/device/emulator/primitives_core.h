@@ -136,7 +136,7 @@ template <class V, Cache cache = Cache::normal, class T>
 V load_global_as(Global<T> from, Location at = Location::here()) {
   static_assert(detail::is_accessible<V>);
   V value;
-  emulator::load_global(from.address(), &value, sizeof(V), cache != Cache::normal, at);
+  emulator::load_global(detail::address_of(from), &value, sizeof(V), cache != Cache::normal, at);
   return value;
 }
 template <Cache cache = Cache::normal, class T>
@@ -148,7 +148,7 @@ void store_global_as(Global<T> to, V value, Location at = Location::here()) {
   static_assert(cache != Cache::read_only);
   static_assert(detail::is_accessible<V>);
   static_assert(!std::is_const_v<T>);
-  emulator::store_global(to.address(), &value, sizeof(V), at);
+  emulator::store_global(detail::address_of(to), &value, sizeof(V), at);
 }
 template <Cache cache = Cache::normal, class T>
 void store_global(Global<T> to, T value, Location at = Location::here()) {
@@ -161,7 +161,7 @@ namespace detail {
 
 template <class T> std::remove_const_t<T> load_strong(Global<T> from, bool acquire, Location at) {
   static_assert(sizeof(T) == 4);
-  const uint32_t raw = emulator::load_strong(from.address(), acquire, at);
+  const uint32_t raw = emulator::load_strong(detail::address_of(from), acquire, at);
   std::remove_const_t<T> value;
   std::memcpy(&value, &raw, 4);
   return value;
@@ -170,7 +170,7 @@ template <class T> void store_strong(Global<T> to, T value, bool release, Locati
   static_assert(sizeof(T) == 4);
   uint32_t raw;
   std::memcpy(&raw, &value, 4);
-  emulator::store_strong(to.address(), raw, release, at);
+  emulator::store_strong(detail::address_of(to), raw, release, at);
 }
 
 }  // namespace detail
@@ -191,23 +191,23 @@ template <class T> void store_release(Global<T> to, T value, Location at = Locat
 }
 
 DEVICE float atomic_add(Global<float> to, float value, Location at = Location::here()) {
-  return emulator::atomic_add(to.address(), value, at);
+  return emulator::atomic_add(detail::address_of(to), value, at);
 }
 DEVICE uint32_t atomic_add(Global<uint32_t> to, uint32_t value, Location at = Location::here()) {
-  return emulator::atomic_add(to.address(), value, false, at);
+  return emulator::atomic_add(detail::address_of(to), value, false, at);
 }
 DEVICE uint32_t atomic_add_acq_rel(Global<uint32_t> to, uint32_t value, Location at = Location::here()) {
-  return emulator::atomic_add(to.address(), value, true, at);
+  return emulator::atomic_add(detail::address_of(to), value, true, at);
 }
 DEVICE void reduce_add(Global<float> to, float value, Location at = Location::here()) {
-  emulator::atomic_add(to.address(), value, at);
+  emulator::atomic_add(detail::address_of(to), value, at);
 }
 DEVICE void reduce_add_f32x4(Global<float> to, f32x4 value, Location at = Location::here()) {
-  emulator::check_vector_alignment(to.address(), at);
-  emulator::atomic_add(to.address(), value.x, at);
-  emulator::atomic_add(to.address() + 1, value.y, at);
-  emulator::atomic_add(to.address() + 2, value.z, at);
-  emulator::atomic_add(to.address() + 3, value.w, at);
+  emulator::check_vector_alignment(detail::address_of(to), at);
+  emulator::atomic_add(detail::address_of(to), value.x, at);
+  emulator::atomic_add(detail::address_of(to) + 1, value.y, at);
+  emulator::atomic_add(detail::address_of(to) + 2, value.z, at);
+  emulator::atomic_add(detail::address_of(to) + 3, value.w, at);
 }
 
 // --- maths: from libm, so not the last bits of the hardware -----------------------------------------------------------

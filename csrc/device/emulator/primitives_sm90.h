@@ -92,7 +92,7 @@ DEVICE void tma_reduce_add(const TensorMap* map, shared_addr from, int c0, int c
   emulator::tma_store(map, from, coordinates, 4, true, at);
 }
 DEVICE void bulk_reduce_add_f32(Global<float> to, shared_addr from, uint32_t bytes, Location at = Location::here()) {
-  emulator::bulk_reduce_add_f32(to.address(), from, bytes, at);
+  emulator::bulk_reduce_add_f32(detail::address_of(to), from, bytes, at);
 }
 
 DEVICE void tma_commit(Location at = Location::here()) { emulator::tma_commit(at); }
