@@ -64,6 +64,7 @@ class DataConfig:
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
     sampling: str = "random"  # random | sequential windows
+    documents: str = "ignore"  # packed: no token attends to another document | ignore: it may
     shard_tokens: int = 100_000_000  # tokens in one shard file
 
 
@@ -238,6 +239,7 @@ def config_problems(config: Config) -> list[str]:
         "schedule.name": ("cosine", "constant"),
         "data.split": ("tail", "document"),
         "data.sampling": ("random", "sequential"),
+        "data.documents": ("ignore", "packed"),
     }
     for key, names in choices.items():
         if values[key] not in names:

@@ -112,7 +112,7 @@ def _rotations(names: list[str]) -> list[list[str]]:
     return [names[i:] + names[:i] for i in range(len(names))]
 
 
-# ---------------------------------------------------------------- memory
+# ---------------------------------------------------------------- inputs, and the roofs
 
 
 def input_sets(make: Callable[[], tuple], bytes_each: int) -> itertools.cycle:
@@ -131,6 +131,16 @@ def copy_bandwidth() -> float:
     timer = device_timer(5)
     seconds = [timer(lambda: lambda: target.copy_(source)) for _ in range(7)][2:]
     return 2 * size / statistics.median(seconds)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product on the device: the roof of what computes."""
+    size = 8192 if DEVICE.type == "cuda" else 1024
+    # Random, since zeros cost less power, and a device at its limit of power runs faster with them.
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    timer = device_timer(5)
+    seconds = [timer(lambda: lambda: left @ right) for _ in range(7)][2:]
+    return 2 * size**3 / statistics.median(seconds)
 
 
 # ---------------------------------------------------------------- peers

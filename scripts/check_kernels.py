@@ -52,6 +52,10 @@ EXPECTED = (
         has="LDGSTS LDG.128 STG.128",
         lacks="LDG.16 STG.16 STG.32",
     ),
+    # The ladder of attention, step 2: 16 bytes at once, and no tensor cores yet.
+    Expectation(
+        r"tiled_kernel<\w+, \d+>", has="LDG.128 STG.128", lacks="LDG.16 LDG.32 STG.16 HMMA"
+    ),
     # The example matrix products: the ways of sm_80 and of sm_90 to the tensor cores.
     Expectation(r"gemm_sm80_kernel<\w+>", has="LDGSTS LDSM HMMA", lacks="LDG.16 LDG.32"),
     Expectation(

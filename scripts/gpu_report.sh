@@ -258,7 +258,7 @@ stage_bench() {
     # A run for each file: one that is stopped takes no other's tables with it.
     for file in benchmarks/test_*.py; do
       name=$(basename "$file" .py) limit=70
-      if [[ $name == test_rms_norm ]]; then limit=200; fi
+      if [[ $name == test_attention || $name == test_rms_norm ]]; then limit=200; fi
       run_pytest "$limit" "$name" "$file" --benchmark-only -q --save-results \
         --results-dir "$out/${name#test_}" || true
     done

@@ -128,6 +128,7 @@ def test_resolve_fills_what_is_derived():
         ("optimizer.betas", (0.9, 1.0)),
         ("optimizer.lr", float("nan")),
         ("data.val_fraction", 1.0),
+        ("data.documents", "pack"),
         ("schedule.name", "cosin"),
         ("model.mlp_ratio", float("inf")),
         ("model.block_size", 2**31),

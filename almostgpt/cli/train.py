@@ -37,6 +37,7 @@ The last line on stdout is a JSON object with the result.
 examples:
   almostgpt train                                      the quickstart, on built-in text
   almostgpt train --data.path book.txt --training.steps 2000
+  almostgpt train --data.path texts/ --data.tokenizer byte --data.documents packed
   almostgpt train --config shakespeare-char --device cuda --training.precision bf16
   almostgpt train --config my.yaml --out runs/mine     a file of your own (base: quickstart)
   almostgpt train --out runs/mine --resume             go on exactly where the run stopped

@@ -5,5 +5,5 @@ tokenizer  text <-> token ids
 prepare    documents -> tokens -> a folder of shards, split into train and val
 shards     the file format of a run of tokens
 dataset    a prepared folder, opened and verified
-loader     shards -> batches (ids, targets) in a seeded, resumable order
+loader     shards -> batches (ids, targets, document borders) in a seeded, resumable order
 """

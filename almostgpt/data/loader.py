@@ -7,12 +7,13 @@ number of its next batch, and a resumed run sees exactly the batches of an unint
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from almostgpt.config import not_one_of
+from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.errors import UserError
 
 
@@ -32,6 +33,45 @@ def draw_sequential(seed: int, batch: int, batch_size: int, windows: int) -> np.
 SAMPLINGS = {"random": draw_random, "sequential": draw_sequential}
 
 
+class Batch(NamedTuple):
+    """What the model is trained on in one go: ``model(*batch)``."""
+
+    ids: torch.Tensor  # (batch_size, block_size) int64
+    targets: torch.Tensor  # (batch_size, block_size) int64: the token after each of ids
+    cu_seqlens: torch.Tensor | None  # see document_borders; None where documents are ignored
+
+
+def document_start(documents: str, tokenizer: Tokenizer) -> int | None:
+    """The id that begins a document where ``data.documents`` is ``packed``, else None.
+
+    Raises ``UserError`` for a tokenizer that has none.
+    """
+    if documents == "ignore":
+        return None
+    if tokenizer.end_of_text is None:
+        raise UserError(
+            "data.documents=packed finds documents by their end-of-text token, and the "
+            f"{tokenizer.name} tokenizer has none: prepare the text with data.tokenizer=byte or gpt2, "
+            "or set data.documents=ignore"
+        )
+    return tokenizer.end_of_text
+
+
+def document_borders(ids: np.ndarray, end_of_text: int) -> np.ndarray:
+    """Where the documents of a batch begin and end, its rows taken as one sequence.
+
+    A document begins at every ``end_of_text`` and at every row of ids: (B, T); document i is
+    ``[borders[i], borders[i + 1])``. int32, shape (B·T + 1,), whatever the batch holds: that is room
+    for B·T documents of one token, and what is left over repeats B·T, the end.
+    """
+    begins = ids == end_of_text
+    begins[:, 0] = True
+    starts = np.flatnonzero(begins)
+    borders = np.full(ids.size + 1, ids.size, np.int32)
+    borders[: len(starts)] = starts
+    return borders
+
+
 class TokenLoader:
     """Draws windows of ``block_size + 1`` tokens; a window never crosses from shard to shard.
 
@@ -47,6 +87,7 @@ class TokenLoader:
         seed: int,
         sampling: str = "random",
         vocab_size: int,
+        end_of_text: int | None = None,
         split: str = "train",
     ):
         """
@@ -54,6 +95,7 @@ class TokenLoader:
         seed: 0 to 2**128 - 1
         sampling: a key of ``SAMPLINGS``
         vocab_size: an id beyond it is refused, so that no device ever sees one
+        end_of_text: the id that begins a document; with it batches have ``cu_seqlens``
         split: what the error messages call these shards
 
         Raises ``UserError`` where no shard holds ``block_size + 1`` tokens.
@@ -61,7 +103,7 @@ class TokenLoader:
         if sampling not in SAMPLINGS:
             raise UserError(f"data.sampling is {not_one_of(sampling, SAMPLINGS)}")
         self.block_size, self.batch_size, self.vocab_size = block_size, batch_size, vocab_size
-        self.seed, self.sampling = seed, sampling
+        self.seed, self.sampling, self.end_of_text = seed, sampling, end_of_text
         self.batch = 0  # number of the next batch
         self._names = [str(getattr(s, "filename", f"shard {i}")) for i, s in enumerate(shards)]
         # Plain views: slicing a numpy.memmap itself costs several times as much.
@@ -82,11 +124,10 @@ class TokenLoader:
                 "data.val_fraction"
             )
 
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next ``(ids, targets)``: contiguous int64 CPU tensors, each (batch_size, block_size).
+    def next_batch(self) -> Batch:
+        """The next batch, in contiguous CPU tensors.
 
-        ``targets[b, t]`` is the token after ``ids[b, t]``. Raises ``UserError`` that names the
-        shard and the id where a token is not in the vocabulary.
+        Raises ``UserError`` that names the shard and the id where a token is not in the vocabulary.
         """
         draw = SAMPLINGS[self.sampling]
         windows = draw(self.seed, self.batch, self.batch_size, self.windows)
@@ -99,7 +140,10 @@ class TokenLoader:
             self._refuse(tokens, shards)
         self.batch += 1
         ids, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(targets)
+        cu_seqlens = None
+        if self.end_of_text is not None:
+            cu_seqlens = torch.from_numpy(document_borders(ids, self.end_of_text))
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), cu_seqlens)
 
     def state_dict(self) -> dict[str, Any]:
         """Integers and one text: the next batch, and what must be equal for it to be the same."""
@@ -107,6 +151,7 @@ class TokenLoader:
             "batch": self.batch,
             "seed": self.seed,
             "sampling": self.sampling,
+            "end_of_text": self.end_of_text,  # states from before it was here have none: None too
             "block_size": self.block_size,
             "batch_size": self.batch_size,
             "tokens": self.tokens,

@@ -8,7 +8,7 @@ from almostgpt.config import GPTConfig
 from almostgpt.model.attention import ATTENTIONS, Cache
 from almostgpt.model.feedforward import FEEDFORWARDS
 from almostgpt.model.norm import NORMS
-from almostgpt.model.position import Position
+from almostgpt.model.position import Position, Positions
 
 
 class Block(nn.Module):
@@ -30,11 +30,12 @@ class Block(nn.Module):
         x: Tensor,
         residual: Tensor | None,
         position: Position,
-        start: int,
+        positions: Positions,
+        cu_seqlens: Tensor | None,
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         """Takes and returns what is to be added to the residual stream, and the stream: (B, T, n_embd)."""
         x, residual = self.attention_norm(x, residual)
-        x = self.dropout(self.attention(x, position, start, cache))
+        x = self.dropout(self.attention(x, position, positions, cu_seqlens, cache))
         x, residual = self.feedforward_norm(x, residual)
         return self.dropout(self.feedforward(x)), residual

@@ -15,7 +15,7 @@ from almostgpt.model.attention import ATTENTIONS, Cache
 from almostgpt.model.block import Block
 from almostgpt.model.feedforward import FEEDFORWARDS
 from almostgpt.model.norm import NORMS
-from almostgpt.model.position import POSITIONS
+from almostgpt.model.position import POSITIONS, positions_in_documents
 from almostgpt.model.presets import MODEL_PRESETS
 
 PARTS = {
@@ -92,6 +92,7 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         *,
         all_logits: bool = False,
         cache: Cache | None = None,
@@ -102,6 +103,11 @@ class GPT(nn.Module):
             ids: (B, T) int64, every value in [0, vocab_size). They are checked where they enter (loader,
                 tokenizer, ``generate``), not here: a check would cost every step a device sync.
             targets: (B, T) int64, the id that follows each position; −1 is ignored.
+            cu_seqlens: (n + 1,) int32, on the device of ids: where n packed documents begin and end, the
+                rows taken as one sequence of B·T tokens. The first is 0, none is lower than the one
+                before, the last is B·T, and every row begins a document; empty documents do no harm.
+                Each document is computed as if it were alone: its tokens attend to one another only,
+                their positions start at 0. The values are not checked, for the same reason.
             all_logits: logits of every position instead of the last one.
             cache: keys and values of the tokens before ``ids``; the new ones are appended.
 
@@ -110,7 +116,7 @@ class GPT(nn.Module):
             with targets ``(None, loss)``, the mean cross-entropy in nats.
 
         Raises:
-            UserError: more tokens than ``block_size``, or shapes that do not fit.
+            UserError: more tokens than ``block_size``, shapes that do not fit, or documents with a cache.
         """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise UserError(
@@ -124,17 +130,21 @@ class GPT(nn.Module):
                 f"{T} tokens{cached} are more than the model's block_size of {self.config.block_size}: "
                 "shorten the sequence"
             )
-        x = self.dropout(self.position.embed(self.token_embedding(ids), start))
+        positions = slice(start, start + T)
+        if cu_seqlens is not None:
+            _check_documents(cu_seqlens, cache)
+            positions = positions_in_documents(cu_seqlens, *ids.shape)
+        x = self.dropout(self.position.embed(self.token_embedding(ids), positions))
         residual = None
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
                 # Summed first: what enters a block is what is kept of it, one tensor and not two.
                 x = x if residual is None else x + residual
                 x, residual = checkpoint(
-                    block, x, None, self.position, start, cache, use_reentrant=False
+                    block, x, None, self.position, positions, cu_seqlens, cache, use_reentrant=False
                 )
             else:
-                x, residual = block(x, residual, self.position, start, cache)
+                x, residual = block(x, residual, self.position, positions, cu_seqlens, cache)
         if cache is not None:
             cache.advance(T)
 
@@ -164,3 +174,15 @@ class GPT(nn.Module):
         from almostgpt.inference.generate import generate
 
         return generate(self, ids, max_new_tokens, **options)
+
+
+def _check_documents(cu_seqlens: Tensor, cache: Cache | None) -> None:
+    if cache is not None:
+        raise UserError(
+            "cu_seqlens cannot be used with a cache: decode documents as rows of a batch"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+        raise UserError(
+            "cu_seqlens must be int32 of the shape (documents + 1,), "
+            f"not {cu_seqlens.dtype} of {tuple(cu_seqlens.shape)}"
+        )

@@ -18,7 +18,7 @@ from almostgpt import checkpoint
 from almostgpt.config import Config
 from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
-from almostgpt.data.loader import TokenLoader
+from almostgpt.data.loader import Batch, TokenLoader, document_start
 from almostgpt.device import random_state, set_random_state
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
@@ -209,9 +209,9 @@ class Trainer:
         accumulate = self.config.training.accumulate
         total = torch.zeros((), device=self.device)
         for _ in range(accumulate):
-            ids, targets = self._next_batch(self.loader)
+            batch = self._next_batch(self.loader)
             with self._autocast():
-                _, loss = self.forward(ids, targets)
+                _, loss = self.forward(*batch)
                 loss = loss / accumulate
             total += loss.detach()
             self.scaler.scale(loss).backward()
@@ -240,9 +240,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         self.model.eval()
         for _ in range(self.config.training.eval_batches):
-            ids, targets = self._next_batch(loader)
+            batch = self._next_batch(loader)
             with self._autocast():
-                _, loss = self.forward(ids, targets)
+                _, loss = self.forward(*batch)
             total += loss
         self.model.train()
         return float(total) / self.config.training.eval_batches
@@ -258,14 +258,19 @@ class Trainer:
             seed=self.config.seed,
             sampling=self.config.data.sampling,
             vocab_size=self.config.model.vocab_size,
+            end_of_text=document_start(self.config.data.documents, self.dataset.tokenizer),
             split=split,
         )
 
-    def _next_batch(self, loader: TokenLoader) -> tuple[Tensor, Tensor]:
-        ids, targets = loader.next_batch()
+    def _next_batch(self, loader: TokenLoader) -> Batch:
+        return Batch(*(self._on_device(part) for part in loader.next_batch()))
+
+    def _on_device(self, part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
         if self.device.type == "cuda":  # from pinned memory the copy overlaps with earlier kernels
-            ids, targets = ids.pin_memory(), targets.pin_memory()
-        return ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            part = part.pin_memory()
+        return part.to(self.device, non_blocking=True)
 
     def _autocast(self):
         dtype = AUTOCAST.get(self.config.training.precision)
@@ -346,8 +351,11 @@ class Trainer:
 
     def _try_out(self) -> None:
         """One token through the model: a forced backend that cannot serve it is an error here."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        packed = self.loader.end_of_text is not None
+        cu_seqlens = torch.arange(2, dtype=torch.int32, device=self.device) if packed else None
         with torch.no_grad(), self._autocast():
-            self.model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+            self.model.eval()(ids, cu_seqlens=cu_seqlens)
         self.model.train()
 
     def _check_nothing_is_lost(self) -> None:

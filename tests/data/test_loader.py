@@ -1,5 +1,6 @@
 """Batches against numpy slicing; the order of windows; the state."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almostgpt.data.loader import TokenLoader
+from almostgpt.data.loader import TokenLoader, document_start
 from almostgpt.data.shards import open_shard, write_shard
+from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from almostgpt.errors import UserError
 
 
@@ -29,7 +31,8 @@ def test_batches_are_shifted_slices_of_one_shard(sampling):
     batches = loader(shards, sampling=sampling)
     seen = set()
     for _ in range(200):
-        ids, targets = batches.next_batch()
+        ids, targets, cu_seqlens = batches.next_batch()
+        assert cu_seqlens is None
         for tensor in (ids, targets):
             assert tensor.dtype == torch.int64 and tensor.shape == (4, 8)
             assert tensor.is_contiguous() and tensor.device.type == "cpu"
@@ -99,8 +102,8 @@ def test_state_restores_the_exact_next_batch(taken, seed, sampling):
     resumed = loader(shards, seed=seed, sampling=sampling)
     resumed.load_state_dict(state)
     for _ in range(3):
-        for ours, theirs in zip(resumed.next_batch(), whole.next_batch(), strict=True):
-            assert torch.equal(ours, theirs)
+        ours, theirs = resumed.next_batch(), whole.next_batch()
+        assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.targets, theirs.targets)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,8 @@ def test_mixed_widths(tmp_path):
     write_shard(tmp_path / "a.bin", np.arange(9, dtype=np.uint16))
     write_shard(tmp_path / "b.bin", np.arange(9, dtype=np.uint32) + 100_000)
     shards = [open_shard(tmp_path / "a.bin"), open_shard(tmp_path / "b.bin")]
-    ids, _ = loader(shards, vocab_size=200_000, sampling="sequential", batch_size=2).next_batch()
-    assert ids[:, 0].tolist() == [0, 100_000]
+    batches = loader(shards, vocab_size=200_000, sampling="sequential", batch_size=2)
+    assert batches.next_batch().ids[:, 0].tolist() == [0, 100_000]
 
 
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
@@ -155,3 +158,82 @@ def test_too_little_text(sampling, shards):
 def test_unknown_sampling():
     with pytest.raises(UserError, match="did you mean random"):
         loader(numbered(100), sampling="randon")
+
+
+# ---------------------------------------------------------------- packed documents
+
+END = 3  # of the made texts below, where 0, 1 and 2 are words
+
+
+def documents_of(rows: list[list[int]]) -> list[list[int]]:
+    """The definition: a row begins a document, and so does every END."""
+    documents = []
+    for row in rows:
+        documents.append([])
+        for token in row:
+            if token == END and documents[-1]:
+                documents.append([])
+            documents[-1].append(token)
+    return documents
+
+
+packed_texts = st.lists(st.integers(0, END), min_size=7, max_size=60)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    packed_texts, st.integers(1, 6), st.integers(1, 5), st.sampled_from(["random", "sequential"])
+)
+def test_borders_are_those_of_the_documents(text, block_size, batch_size, sampling):
+    batches = loader(
+        [np.array(text, np.uint16)],
+        block_size=block_size,
+        batch_size=batch_size,
+        sampling=sampling,
+        end_of_text=END,
+    )
+    for _ in range(3):
+        ids, _, cu_seqlens = batches.next_batch()
+        size = batch_size * block_size
+        assert cu_seqlens.dtype == torch.int32 and cu_seqlens.shape == (size + 1,)
+        assert cu_seqlens.is_contiguous() and cu_seqlens.device.type == "cpu"
+        spans = itertools.pairwise(cu_seqlens.tolist())
+        cut = [ids.flatten()[begin:end].tolist() for begin, end in spans]
+        documents = documents_of(ids.tolist())
+        assert cut == documents + [[]] * (size - len(documents))  # the rest is padding
+
+
+@settings(max_examples=20, deadline=None)
+@given(packed_texts, st.integers(0, 10), st.integers(0, 2**64))
+def test_packed_batches_are_the_same_windows_and_resume(text, taken, seed):
+    shards = [np.array(text, np.uint16)]
+    plain, whole, resumed = (
+        loader(shards, block_size=6, seed=seed, end_of_text=end) for end in (None, END, END)
+    )
+    for _ in range(taken):
+        plain.next_batch()
+        whole.next_batch()
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for _ in range(3):
+        batch, again, without = (part.next_batch() for part in (whole, resumed, plain))
+        assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+        assert torch.equal(batch.ids, without.ids) and torch.equal(batch.targets, without.targets)
+
+
+def test_state_says_whether_documents_were_packed():
+    ignoring, packing = loader(numbered(100)), loader(numbered(100), end_of_text=END)
+    with pytest.raises(UserError, match="end_of_text is None in the state and 3 here"):
+        packing.load_state_dict(ignoring.state_dict())
+    with pytest.raises(UserError, match="end_of_text is 3 in the state and None here"):
+        ignoring.load_state_dict(packing.state_dict())
+    older = {key: value for key, value in ignoring.state_dict().items() if key != "end_of_text"}
+    ignoring.load_state_dict({**older, "batch": 5})  # from before documents could be packed
+    assert ignoring.batch == 5
+
+
+def test_packing_needs_an_end_of_text_token():
+    assert document_start("packed", ByteTokenizer()) == 256
+    assert document_start("ignore", ByteTokenizer()) is None
+    assert document_start("ignore", CharTokenizer("abc")) is None
+    with pytest.raises(UserError, match="data.documents=packed .* the char tokenizer has none"):
+        document_start("packed", CharTokenizer("abc"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from almostgpt import GPT, GPTConfig, kernels
+from almostgpt.model.position import positions_in_documents
 
 PRECISIONS = [None, torch.bfloat16]  # of autocast
 
@@ -53,11 +54,26 @@ def test_loss_and_gradients_agree_with_the_reference(model, batch, dtype):
     assert error <= (1e-4 if dtype is None else 2e-2)
 
 
-def test_cpu_and_gpu_agree(model, batch):
+BORDERS = [0, 40, 83, 2 * 83, 170, 3 * 83, 4 * 83, 5 * 83, 5 * 83]  # of packed documents
+
+
+@pytest.mark.parametrize("borders", [None, BORDERS], ids=["rows", "packed"])
+def test_cpu_and_gpu_agree(model, batch, borders):
+    if borders is not None:
+        batch = (*batch, torch.tensor(borders, dtype=torch.int32, device="cuda"))
     with torch.no_grad():
         on_gpu = model(*batch)[1].item()
         on_cpu = model.cpu()(*(tensor.cpu() for tensor in batch))[1].item()
     assert on_gpu == pytest.approx(on_cpu, rel=1e-5)
+
+
+def test_positions_in_documents_wait_for_nothing(no_host_sync):
+    cu_seqlens = torch.tensor([0, 3, 5, 5, 8, 10, 10], dtype=torch.int32, device="cuda")
+    positions_in_documents(cu_seqlens, 2, 5)  # libraries may wait while they start
+    no_host_sync()
+    positions = positions_in_documents(cu_seqlens, 2, 5)
+    torch.cuda.set_sync_debug_mode("default")
+    assert positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])

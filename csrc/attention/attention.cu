@@ -1,0 +1,68 @@
+// The way from a call to the kernels of its head dimension.
+
+#include "attention/attention.h"
+
+#include "attention/backward.cuh"
+#include "attention/forward.cuh"
+
+namespace almostgpt {
+namespace {
+
+// Calls f with the width of the tiles, as a constant.
+template <class F>
+int with_width(int head_dim, F f) {
+  if (head_dim <= 64) return f(std::integral_constant<int, 64>());
+  if (head_dim <= 128) return f(std::integral_constant<int, 128>());
+  return f(std::integral_constant<int, 256>());
+}
+
+int plan_backward(const AttentionShape& shape, bool deterministic, const Card& card, BackwardPlan* plan) {
+  return with_width(shape.head_dim, [&](auto width) {
+    return with_backward_tile<width()>(card.shared_bytes_per_block, [&](auto tile) {
+      using Tile = decltype(tile);
+      plan->width = Tile::head_dim;
+      plan->padded_rows = (shape.queries + kRowBlock - 1) / kRowBlock * kRowBlock;
+      plan->tile_queries = Tile::queries, plan->tile_keys = Tile::keys;
+      // In order nothing is atomic; otherwise sums of four floats at once begin with sm_90.
+      plan->dq_order = {deterministic || card.major >= 9};
+      return 0;
+    });
+  });
+}
+
+}  // namespace
+
+int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void* stream) {
+  Card card;
+  if (const int error = current_card(card)) return error;
+  return with_width(inputs.shape.head_dim, [&](auto width) {
+    return attention_forward_sm80<width()>(inputs, out, lse, card, stream);
+  });
+}
+
+int attention_workspace(const AttentionInputs& inputs, bool deterministic, AttentionWorkspace* sizes) {
+  Card card;
+  BackwardPlan plan;
+  if (const int error = current_card(card)) return error;
+  if (const int error = plan_backward(inputs.shape, deterministic, card, &plan)) return error;
+  sizes->rows = int64_t{inputs.shape.batch} * inputs.shape.heads * plan.padded_rows;
+  sizes->dq = sizes->rows * plan.width;
+  sizes->sinks = inputs.options.sink_logits ? sizes->rows / kRowBlock : 0;
+  sizes->turns = deterministic ? 1 + sizes->rows / plan.tile_queries : 0;
+  return 0;
+}
+
+int attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
+                       const AttentionScratch& scratch, void* stream) {
+  Card card;
+  BackwardPlan plan;
+  if (const int error = current_card(card)) return error;
+  if (const int error = plan_backward(inputs.shape, gradients.deterministic, card, &plan)) return error;
+  if (const int error = attention_prepare_backward(inputs, gradients, scratch, plan, stream)) return error;
+  const int error = with_width(inputs.shape.head_dim, [&](auto width) {
+    return attention_backward_sm80<width()>(inputs, gradients, scratch, plan, card, stream);
+  });
+  return error ? error : attention_finish_backward(inputs, gradients, scratch, plan, stream);
+}
+
+}  // namespace almostgpt

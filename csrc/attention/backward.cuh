@@ -1,0 +1,59 @@
+// What the kernels of the backward pass hand to each other.
+#pragma once
+
+#include "attention/fragments.cuh"
+#include "attention/heads.cuh"
+
+namespace almostgpt {
+
+// dQ is summed in float32, in the order in which the tensor cores leave it in registers: 16 rows x 8
+// columns of it are 128 floats side by side, of which lane l has four. Four at a time where sums take
+// vectors (sm_90) or need no atomics; before, one at a time, so that a warp's lanes meet one line.
+struct DqOrder {
+  bool vectors;
+
+  DEVICE int at(int lane, int element) const { return vectors ? 4 * lane + element : 32 * element + lane; }
+};
+
+// What all kernels of one backward pass agree on.
+struct BackwardPlan {
+  int width;        // of the tiles: head_dim and what it is padded to
+  int padded_rows;  // queries, padded to a multiple of kRowBlock
+  int tile_queries, tile_keys;
+  DqOrder dq_order;
+};
+
+template <class T>
+struct BackwardArgs {
+  HeadsOf<const T> q, k, v, dout;
+  HeadsOf<T> dk, dv;
+  // Of each query: its lse in log2, delta, and dq, (batch, heads, padded_rows, …).
+  Global<const float> lse2, delta;
+  Global<float> dq;
+  DqOrder dq_order;
+  int padded_rows;  // a multiple of kRowBlock
+  // In order: how many tiles have been begun, and then which tile of keys may add to each tile of queries.
+  Global<int32_t> turns;
+  Mask mask;
+  ScoreArgs scores;
+  Schedule schedule;
+  int heads, kv_heads, sharing, head_dim;
+
+  DEVICE int64_t row_of(int batch, int head) const { return (int64_t{batch} * heads + head) * padded_rows; }
+  template <class Tile>
+  DEVICE Global<int32_t> turn_of(int batch, int head, int query) const {
+    return turns + (1 + (int64_t{batch} * heads + head) * (padded_rows / Tile::queries) + query / Tile::queries);
+  }
+};
+
+struct alignas(8) Pair { float x, y; };
+
+int attention_prepare_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
+                               const AttentionScratch& scratch, const BackwardPlan& plan, void* stream);
+int attention_finish_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
+                              const AttentionScratch& scratch, const BackwardPlan& plan, void* stream);
+template <int head_dim>
+int attention_backward_sm80(const AttentionInputs& inputs, const AttentionGradients& gradients,
+                            const AttentionScratch& scratch, const BackwardPlan& plan, const Card& card, void* stream);
+
+}  // namespace almostgpt

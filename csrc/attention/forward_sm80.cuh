@@ -1,0 +1,189 @@
+// FlashAttention forward with mma.sync, for every card since sm_80 (Dao, arXiv:2307.08691).
+//
+// A block has a tile of one head's queries. Tiles of keys and values pass by: for each, the scores of
+// the queries, their softmax as far as it is known, and their part of the output, which is held in
+// registers. Nothing of the size of queries x keys is ever in memory. docs/attention.md walks through.
+#pragma once
+
+#include "attention/forward.cuh"
+#include "attention/softmax.cuh"
+
+namespace almostgpt {
+
+template <class T>
+struct ForwardArgs {
+  HeadsOf<const T> q, k, v;
+  HeadsOf<T> out;
+  Global<float> lse;  // (batch, heads, queries)
+  Mask mask;
+  ScoreArgs scores;
+  Global<const float> sink_logits;
+  Schedule schedule;
+  int heads, sharing, head_dim;  // sharing: query heads of a key head
+};
+
+template <class T, class Tile, class Score>
+KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_CONSTANT const ForwardArgs<T> a) {
+  constexpr int row_tiles = Tile::row_tiles, warp_rows = row_tiles * kFragmentRows;
+  constexpr int score_tiles = Tile::keys / 8, out_tiles = Tile::head_dim / 8, depth_tiles = Tile::head_dim / 16;
+  const int lane = lane_id(), queries = a.mask.queries, keys = a.mask.keys;
+
+  const Schedule::Work work = a.schedule.work(block_x());
+  const int batch = work.head / a.heads, head = work.head % a.heads, kv_head = head / a.sharing;
+  const int first_query = (a.schedule.tiles - 1 - work.tile) * Tile::queries;  // the last see the most
+  const int last_query = min(first_query + Tile::queries, queries) - 1;
+
+  using QTile = SharedTile<Tile::queries, Tile::head_dim>;
+  using KTile = SharedTile<Tile::keys, Tile::head_dim>;
+  const QTile q_tile{shared_base()};
+  const auto k_tile = [](int tile) { return KTile{shared_base() + Tile::query_bytes + tile % 2 * (2 * KTile::bytes)}; };
+  const auto v_tile = [&](int tile) { return KTile{k_tile(tile).base + KTile::bytes}; };
+
+  const Global<const T> k_head = a.k.head(batch, kv_head), v_head = a.v.head(batch, kv_head);
+  const auto fetch = [&](int tile) {
+    const int first = tile * Tile::keys;
+    copy_async<Tile::threads>(k_tile(tile), rows_from(k_head, a.k.strides.row, first, keys, a.head_dim));
+    copy_async<Tile::threads>(v_tile(tile), rows_from(v_head, a.v.strides.row, first, keys, a.head_dim));
+    cp_async_commit();
+  };
+
+  copy_async<Tile::threads>(q_tile, rows_from(a.q.head(batch, head), a.q.strides.row, first_query, queries, a.head_dim));
+  // While the queries come: what the rows see. Rows beyond the last are taken for it, and not stored.
+  const Ranges seen{shared_base() + Tile::query_bytes + 4 * KTile::bytes};
+  seen.fill(Tile::queries, [&](int row) { return a.mask.keys_of(min(first_query + row, last_query)); });
+  cta_sync();
+  const int first_key = seen[0].begin, end_key = seen[last_query - first_query].end;
+  const int first_tile = first_key / Tile::keys;
+  const int end_tile = end_key > first_key ? (end_key + Tile::keys - 1) / Tile::keys : first_tile;
+
+  const int warp_row = warp_id() * warp_rows;  // of this warp's own rows, the first in the tile
+  const bool warp_works = first_query + warp_row <= last_query;
+  const Score score(a.scores, head);
+
+  float out[row_tiles][out_tiles][4] = {};
+  OnlineSoftmax<row_tiles> softmax;
+  const auto q_at = left(q_tile, warp_row);
+  const auto load_q = [&](int d, uint32_t (&q)[row_tiles][4]) {
+    UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(q[r], q_at.at(r * 16, d * 2));
+  };
+  uint32_t q_kept[Tile::keep_queries ? depth_tiles : 1][row_tiles][4];
+
+  if (first_tile < end_tile) fetch(first_tile);
+  UNROLL_BY(1)
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    cp_async_wait<0>();
+    cta_sync();  // everybody's copies of this tile are there, and nobody reads the tile before any more …
+    if (tile + 1 < end_tile) fetch(tile + 1);  // … whose place the next one takes
+    if constexpr (Tile::keep_queries) {
+      if (tile == first_tile)
+        UNROLL for (int d = 0; d < depth_tiles; ++d) load_q(d, q_kept[d]);
+    }
+
+    const int first = tile * Tile::keys;  // of its keys
+    const Range first_sees = seen[warp_row], last_sees = seen[warp_row + warp_rows - 1];
+    if (!warp_works || first >= last_sees.end || first + Tile::keys <= first_sees.begin) continue;
+    const bool whole = first >= last_sees.begin && first + Tile::keys <= first_sees.end;
+
+    // S = Q K^T
+    float scores[row_tiles][score_tiles][4] = {};
+    const auto k_at = right(k_tile(tile));
+    UNROLL for (int d = 0; d < depth_tiles; ++d) {
+      uint32_t q_read[row_tiles][4];
+      if constexpr (!Tile::keep_queries) load_q(d, q_read);
+      const auto& q = Tile::keep_queries ? q_kept[d] : q_read;
+      UNROLL for (int c = 0; c < score_tiles; c += 2) {
+        uint32_t k[4];
+        ldmatrix_x4(k, k_at.at(c * 8, d * 2));
+        UNROLL for (int r = 0; r < row_tiles; ++r) {
+          mma_m16n8k16<T>(scores[r][c], q[r], k[0], k[1]);
+          mma_m16n8k16<T>(scores[r][c + 1], q[r], k[2], k[3]);
+        }
+      }
+    }
+
+    // This lane's first column and row; its others are 8 columns, or 8 rows, further.
+    const int column = first + 2 * (lane % 4), row = warp_row + lane / 4;
+    UNROLL for (int r = 0; r < row_tiles; ++r)
+      UNROLL for (int half = 0; half < 2; ++half) {
+        const int here = row + 16 * r + 8 * half;
+        if constexpr (!Score::plain) {
+          const float ahead = static_cast<float>(first_query + here + a.mask.diagonal() - column);
+          UNROLL for (int c = 0; c < score_tiles; ++c)
+            UNROLL for (int e = 0; e < 2; ++e) {
+              float& value = scores[r][c][2 * half + e];
+              value = score(value, ahead - static_cast<float>(8 * c + e));
+            }
+        }
+        if (!whole) {
+          const Range range = seen[here];
+          UNROLL for (int c = 0; c < score_tiles; ++c)
+            UNROLL for (int e = 0; e < 2; ++e)
+              if (!range.has(column + 8 * c + e)) scores[r][c][2 * half + e] = kMinusInfinity;
+        }
+      }
+    softmax.add(scores, out, score.factor);
+
+    // O += P V. The fragments of two tiles of P, as they were computed, are those of one left operand.
+    const auto v_at = right_turned(v_tile(tile));
+    UNROLL for (int c = 0; c < score_tiles; c += 2) {
+      uint32_t p[row_tiles][4];
+      UNROLL for (int r = 0; r < row_tiles; ++r)
+        UNROLL for (int i = 0; i < 4; ++i)
+          p[r][i] = pair_of(T(), scores[r][c + i / 2][i % 2 * 2], scores[r][c + i / 2][i % 2 * 2 + 1]);
+      UNROLL for (int d = 0; d < out_tiles; d += 2) {
+        uint32_t v[4];
+        ldmatrix_x4_trans(v, v_at.at(c * 8, d));
+        UNROLL for (int r = 0; r < row_tiles; ++r) {
+          mma_m16n8k16<T>(out[r][d], p[r], v[0], v[1]);
+          mma_m16n8k16<T>(out[r][d + 1], p[r], v[2], v[3]);
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();  // where a block sees no keys at all, its queries
+  if (!warp_works) return;
+
+  // Through the warp's own rows of the queries' tile, so that each store is 16 bytes of one row.
+  const float sink = a.sink_logits ? load_global<Cache::read_only>(a.sink_logits + head) * kLog2E : kMinusInfinity;
+  const Global<float> lse = a.lse + ((int64_t{batch} * a.heads + head) * queries + first_query);
+  UNROLL for (int r = 0; r < row_tiles; ++r)
+    UNROLL for (int half = 0; half < 2; ++half) {
+      const auto finished = softmax.finish(r, half, score.factor, sink);
+      const int row = warp_row + 16 * r + 8 * half + lane / 4;
+      if (lane % 4 == 0 && first_query + row <= last_query) store_global(lse + row, finished.lse);
+      UNROLL for (int d = 0; d < out_tiles; ++d)
+        store_shared<uint32_t>(q_tile.at(row, d) + lane % 4 * 4,
+                               pair_of(T(), out[r][d][2 * half] * finished.weight, out[r][d][2 * half + 1] * finished.weight));
+    }
+  warp_sync();
+  const Global<T> out_head = a.out.head(batch, head) + first_query * a.out.strides.row;
+  constexpr int chunks = Tile::head_dim / 8;
+  UNROLL for (int i = lane; i < warp_rows * chunks; i += 32) {
+    const int row = warp_row + i / chunks, chunk = i % chunks;
+    if (first_query + row <= last_query && chunk * 8 < a.head_dim)
+      store_global_as<u32x4>(out_head + (row * a.out.strides.row + chunk * 8), load_shared<u32x4>(q_tile.at(row, chunk)));
+  }
+}
+
+template <int head_dim>
+int attention_forward_sm80(const AttentionInputs& inputs, Heads out, float* lse, const Card& card, void* stream) {
+  const AttentionShape& shape = inputs.shape;
+  return with_forward_tile<head_dim>(card.shared_bytes_per_block, [&](auto tile) {
+    return with_types<head_dim>(inputs, [&](auto type, auto* score) {
+      using Tile = decltype(tile);
+      using T = decltype(type);
+      using Score = std::remove_pointer_t<decltype(score)>;
+      const int sharing = shape.heads / shape.kv_heads;
+      const ForwardArgs<T> args{heads_of<T>(inputs.q), heads_of<T>(inputs.k), heads_of<T>(inputs.v), heads_of<T>(out),
+                                Global<float>(lse), make_mask(shape, inputs.options), make_scores(inputs.options),
+                                Global<const float>(inputs.options.sink_logits),
+                                make_schedule(shape, shape.queries, Tile::queries, shape.batch * shape.heads, sharing),
+                                shape.heads, sharing, shape.head_dim};
+      const LaunchShape launch_shape{{args.schedule.blocks()}, Tile::threads,
+                                     Tile::shared_bytes};
+      return launch<attention_forward_kernel<T, Tile, Score>>(launch_shape, stream, args);
+    });
+  });
+}
+
+}  // namespace almostgpt

@@ -1,0 +1,70 @@
+// Products of tiles in shared memory, and what becomes of their fragments.
+#pragma once
+
+#include "attention/shared_tile.cuh"
+
+namespace almostgpt {
+
+// sums[r][c] += A B^T for a warp's rows of A, from 16 r on, and rows of B, from 8 c on, over all columns
+// of the tiles; `a` and `b` are cursors of left and right.
+template <class T, int row_tiles, int column_tiles, class TileA, class TileB>
+DEVICE void multiply(float (&sums)[row_tiles][column_tiles][4], const LaneCursor<TileA>& a, const LaneCursor<TileB>& b) {
+  static_assert(TileA::columns == TileB::columns && column_tiles % 2 == 0);
+  UNROLL for (int d = 0; d < TileA::columns / 8; d += 2) {
+    uint32_t left[row_tiles][4];
+    UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(left[r], a.at(16 * r, d));
+    UNROLL for (int c = 0; c < column_tiles; c += 2) {
+      uint32_t right[4];
+      ldmatrix_x4(right, b.at(8 * c, d));
+      UNROLL for (int r = 0; r < row_tiles; ++r) {
+        mma_m16n8k16<T>(sums[r][c], left[r], right[0], right[1]);
+        mma_m16n8k16<T>(sums[r][c + 1], left[r], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// sums[r][d] += A B for 16 rows of B, from its row `row` on, and the columns from chunk `chunk` on; `b` is
+// a cursor of right_turned.
+template <class T, int row_tiles, int column_tiles, class Tile>
+DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4], const uint32_t (&a)[row_tiles][4],
+                          const LaneCursor<Tile>& b, int row, int chunk = 0) {
+  UNROLL for (int d = 0; d < column_tiles; d += 2) {
+    uint32_t right[4];
+    ldmatrix_x4_trans(right, b.at(row, chunk + d));
+    UNROLL for (int r = 0; r < row_tiles; ++r) {
+      mma_m16n8k16<T>(sums[r][d], a[r], right[0], right[1]);
+      mma_m16n8k16<T>(sums[r][d + 1], a[r], right[2], right[3]);
+    }
+  }
+}
+
+// Half of a left operand's fragment from a fragment of sums: rows lane / 4, and lane / 4 + 8.
+template <class T> DEVICE void pack_fragment(uint32_t (&left)[4], int part, float a, float b, float c, float d) {
+  left[2 * part] = pair_of(T(), a, b);
+  left[2 * part + 1] = pair_of(T(), c, d);
+}
+
+// A warp's sums, rounded to T, into a tile; the warp_sync or barrier before they are read is the caller's.
+template <class T, int row_tiles, int column_tiles, class Tile>
+DEVICE void store_fragments(const Tile& tile, const float (&sums)[row_tiles][column_tiles][4], int row, int column) {
+  UNROLL for (int r = 0; r < row_tiles; ++r)
+    UNROLL for (int half = 0; half < 2; ++half)
+      UNROLL for (int d = 0; d < column_tiles; ++d)
+        store_shared<uint32_t>(tile.at(row + 16 * r + 8 * half + lane_id() / 4, column / 8 + d) + lane_id() % 4 * 4,
+                               pair_of(T(), sums[r][d][2 * half], sums[r][d][2 * half + 1]));
+}
+
+// Rows `first` to `first` + `count` of a tile to global memory in 16-byte stores, by `threads` threads, of
+// which this is `thread`; `to` is the tile's row 0, of which `rows` and `columns` are there.
+template <int threads, int count, class Tile, class T>
+DEVICE void write_rows(const Tile& tile, int first, Global<T> to, int64_t stride, int rows, int columns, int thread) {
+  constexpr int chunks = Tile::columns / 8;
+  UNROLL for (int i = thread; i < count * chunks; i += threads) {
+    const int row = first + i / chunks, chunk = i % chunks;
+    if (row < rows && chunk * 8 < columns)
+      store_global_as<u32x4>(to + (row * stride + chunk * 8), load_shared<u32x4>(tile.at(row, chunk)));
+  }
+}
+
+}  // namespace almostgpt

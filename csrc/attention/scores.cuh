@@ -1,0 +1,66 @@
+// What becomes of q . k before the softmax, in units of log2: exp2 is the instruction that there is.
+#pragma once
+
+#include "device/device.cuh"
+
+namespace almostgpt {
+
+using namespace device;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+struct ScoreArgs {
+  float scale, softcap;
+  Global<const float> alibi_slopes;
+};
+
+// scale q . k, nothing else: the factor waits for the exponent, where it costs nothing.
+struct PlainScore {
+  static constexpr bool plain = true;
+  float factor;  // from what operator() gives to log2
+
+  DEVICE PlainScore(const ScoreArgs& args, int) : factor(args.scale * kLog2E) {}
+
+  DEVICE float operator()(float product, float) const { return product; }
+  // The same, and how it changes with scale q . k, in units of its own change.
+  DEVICE float operator()(float product, float, float& slope) const {
+    slope = 1.0f;
+    return product;
+  }
+};
+
+// With a softcap, ALiBi or both, and any scale.
+struct BentScore {
+  static constexpr bool plain = false;
+  static constexpr float factor = 1.0f;
+  float scale;        // of the product: to log2, or to the argument of tanh
+  float cap;          // in log2; 0: none
+  float alibi_slope;  // in log2
+
+  DEVICE BentScore(const ScoreArgs& args, int head)
+      : scale(args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2E),
+        cap(args.softcap * kLog2E),
+        alibi_slope(args.alibi_slopes ? load_global<Cache::read_only>(args.alibi_slopes + head) * kLog2E : 0.0f) {}
+
+  // `distance` from the query to the key, of either sign.
+  DEVICE float operator()(float product, float distance) const {
+    float slope;
+    return (*this)(product, distance, slope);
+  }
+  DEVICE float operator()(float product, float distance, float& slope) const {
+    float score = product * scale;
+    slope = 1.0f;
+    if (cap > 0.0f) {
+      // Two instructions of the slow unit rather than one tanh.approx, whose error of 2^-11 would be
+      // 0.015 in a score near a cap of 30: 1.5 % of a probability.
+      const float t = 1.0f - 2.0f * rcp_approx(exp2_approx(score * (2.0f * kLog2E)) + 1.0f);
+      slope = 1.0f - t * t;
+      score = cap * t;
+    }
+    return score - alibi_slope * max(distance, -distance);
+  }
+};
+
+}  // namespace almostgpt

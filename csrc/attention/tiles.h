@@ -1,0 +1,88 @@
+// How attention is cut into tiles, by head dimension and by the shared memory that a card gives a
+// block: 99 KiB on cards of 8.6, 8.9 and 12.0, 163 KiB on 8.0, 227 KiB on 9.0 and 10.0. Plain C++.
+//
+// The registers set the limits: a thread has 255, and must hold its share of the sums (out, or dK and
+// dV) in float32 next to a tile of scores. A warp that has 32 rows uses each fragment that it reads
+// from shared memory for two tensor core instructions, one that has 16 rows for one; so 32 rows where
+// the sums of 32 rows fit. docs/attention.md counts what that means.
+#pragma once
+
+#include <cstdint>
+
+namespace almostgpt {
+
+constexpr int kKiB = 1024;
+constexpr int kFragmentRows = 16;  // of a tensor core instruction's left operand
+
+// A block has `queries` rows of one head; keys and values pass by in tiles of `keys`, two of each in
+// shared memory: one in use, one on its way. Each warp has its own rows.
+template <int head_dim_, int queries_, int keys_, int warps_>
+struct ForwardTile {
+  static constexpr int head_dim = head_dim_, queries = queries_, keys = keys_, warps = warps_;
+  static constexpr int threads = 32 * warps;
+  static constexpr int row_tiles = queries / warps / kFragmentRows;  // a warp's
+  static constexpr int blocks = threads <= 128 ? 2 : 1;              // on a multiprocessor, by registers
+  static constexpr bool keep_queries = head_dim <= 64;               // in registers, where there are some left
+  static constexpr uint32_t query_bytes = queries * head_dim * 2;
+  static constexpr uint32_t key_bytes = keys * head_dim * 2;
+  static constexpr uint32_t range_bytes = queries * 8;  // what each row sees
+  static constexpr uint32_t shared_bytes = query_bytes + 4 * key_bytes + range_bytes;
+};
+
+// Calls f with the tile. 49 KiB and 65 KiB: two blocks on a multiprocessor wherever it has 163 KiB. Tiles
+// of 64 keys at 128 columns spilled registers.
+template <int head_dim, class F>
+constexpr int with_forward_tile(int shared_bytes, F f) {
+  if constexpr (head_dim == 64) {
+    return f(ForwardTile<64, 128, 64, 4>());
+  } else if constexpr (head_dim == 128) {
+    return f(ForwardTile<128, 128, 32, 4>());
+  } else {
+    static_assert(head_dim == 256);
+    return shared_bytes >= 129 * kKiB ? f(ForwardTile<256, 128, 32, 8>()) : f(ForwardTile<256, 64, 32, 4>());
+  }
+}
+
+// A block has `keys` keys of one head; the queries and the gradients of their outputs pass by in tiles
+// of `queries`, in `stages`. Each warp has its own keys, and, where a warp's registers do not hold dK
+// and dV of 16 keys, `depth_parts` warps share their keys, each with a part of the columns; they all
+// compute the scores.
+template <int head_dim_, int keys_, int queries_, int stages_, int warps_, int depth_parts_>
+struct BackwardTile {
+  static constexpr int head_dim = head_dim_, keys = keys_, queries = queries_, stages = stages_, warps = warps_;
+  static constexpr int depth_parts = depth_parts_;
+  static constexpr int threads = 32 * warps;
+  static constexpr int blocks = threads <= 128 ? 2 : 1;
+  static constexpr int row_tiles = keys / (warps / depth_parts) / kFragmentRows;
+  static constexpr int columns = head_dim / depth_parts;        // of dK and dV in a warp
+  static constexpr int pass = row_tiles == 1 ? 32 : 16;   // queries whose scores a warp holds at once
+  // For dQ, the warps share the tile of `queries` x head_dim in parts of 32 rows.
+  static constexpr int dq_columns = head_dim / (warps * 32 / queries);
+  static constexpr uint32_t key_bytes = keys * head_dim * 2;
+  static constexpr uint32_t query_bytes = queries * head_dim * 2;
+  static constexpr uint32_t score_bytes = keys * queries * 2;
+  static constexpr uint32_t row_bytes = queries * 4;
+  static constexpr uint32_t range_bytes = keys * 8;  // who sees each key
+  static constexpr uint32_t shared_bytes =
+      2 * key_bytes + score_bytes + stages * (2 * query_bytes + 2 * row_bytes) + range_bytes;
+};
+
+template <int head_dim, class F>
+constexpr int with_backward_tile(int shared_bytes, F f) {
+  if constexpr (head_dim == 64) {
+    return f(BackwardTile<64, 128, 64, 2, 4, 1>());
+  } else if constexpr (head_dim == 128) {
+    return shared_bytes >= 146 * kKiB ? f(BackwardTile<128, 128, 64, 2, 8, 1>())
+                                                        : f(BackwardTile<128, 64, 64, 1, 4, 1>());
+  } else {
+    static_assert(head_dim == 256);
+    if (shared_bytes >= 202 * kKiB) return f(BackwardTile<256, 64, 64, 2, 8, 2>());
+    return shared_bytes >= 138 * kKiB ? f(BackwardTile<256, 64, 64, 1, 8, 2>())
+                                                        : f(BackwardTile<256, 32, 32, 2, 4, 2>());
+  }
+}
+
+// Rows of the workspaces between the backward kernels: every tile of queries divides this.
+constexpr int kRowBlock = 64;
+
+}  // namespace almostgpt
