@@ -19,10 +19,11 @@ struct AttentionShape {
   DType dtype;  // bfloat16 or float16
 };
 
-// Elements from one batch entry, head and token to the next.
+// Elements from one batch entry, head and token to the next; `row` of an input is below kMaxRowStride.
 struct HeadStrides {
   int64_t batch = 0, head = 0, row = 0;
 };
+constexpr int64_t kMaxRowStride = 1 << 23;
 struct ConstHeads {
   const void* data = nullptr;
   HeadStrides strides;

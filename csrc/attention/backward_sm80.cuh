@@ -63,12 +63,10 @@ DEVICE void add_dq(const BackwardArgs<T>& a, const STile& ds_tile, const KTile& 
         }
       }
   }
-}
-
-// After a barrier that follows add_dq: the next tile of keys may add.
-template <class T, class Tile>
-DEVICE void end_turn(const BackwardArgs<T>& a, int batch, int head, int query, int key_tile) {
-  if (thread_id() == 0) store_release(a.template turn_of<Tile>(batch, head, query), key_tile + 1);
+  if (a.turns) {
+    cta_sync();
+    if (thread_id() == 0) store_release(a.template turn_of<Tile>(batch, head, query), key_tile + 1);
+  }
 }
 
 template <class T, class Tile, class Score>
@@ -108,13 +106,16 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   const int first_tile = first_query / Tile::queries;
   const int tiles = end_query > first_query ? (end_query + Tile::queries - 1) / Tile::queries - first_tile : 0;
 
-  // Tile `step` of all that pass by: of one head after the other, the last queries first. So, in order, a
-  // tile of queries is begun by the block that may add to it first.
-  const int steps = tiles * a.sharing;
-  const auto head_of = [&](int step) { return kv_head * a.sharing + step / tiles; };
-  const auto query_of = [&](int step) { return (first_tile + tiles - 1 - step % tiles) * Tile::queries; };
-  const auto fetch = [&](int step) {
-    const int stage = step % Tile::stages, head = head_of(step), query = query_of(step);
+  // Tiles of queries pass by of one head after the other, the last queries first: so, in order, a tile of
+  // queries is begun by the block that may add to it first.
+  const int last_tile = first_tile + tiles - 1, end_head = (kv_head + (tiles > 0)) * a.sharing;
+  struct Step { int head, tile; };
+  const auto after = [&](Step step) {
+    return step.tile > first_tile ? Step{step.head, step.tile - 1} : Step{step.head + 1, last_tile};
+  };
+  int stage = 0;  // of the step that is worked on
+  const auto fetch = [&](Step step, int stage) {
+    const int head = step.head, query = step.tile * Tile::queries;
     copy_async<Tile::threads>(q_tile(stage), rows_from(a.q.head(batch, head), a.q.strides.row, query, queries, a.head_dim));
     copy_async<Tile::threads>(do_tile(stage),
                               rows_from(a.dout.head(batch, head), a.dout.strides.row, query, queries, a.head_dim));
@@ -133,22 +134,35 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   const int warp_column = warp_id() % Tile::depth_parts * Tile::columns;
   float dk[row_tiles][column_tiles][4] = {}, dv[row_tiles][column_tiles][4] = {};
 
-  if (steps > 0) fetch(0);
+  Step step{kv_head * a.sharing, last_tile};
+  if (step.head < end_head) fetch(step, 0);
   UNROLL_BY(1)
-  for (int step = 0; step < steps; ++step) {
-    const int stage = step % Tile::stages, head = head_of(step), query = query_of(step);
+  for (; step.head < end_head; step = after(step)) {
     cp_async_wait<0>();
     cta_sync();  // everybody's copies are there, and nobody reads the tiles of the step before any more
-    if (a.turns && step > 0) end_turn<T, Tile>(a, batch, head_of(step - 1), query_of(step - 1), work.tile);
-    if (Tile::stages == 2 && step + 1 < steps) fetch(step + 1);
+    const Step next = after(step);
+    const bool more = next.head < end_head;
+    if (Tile::stages == 2 && more) fetch(next, stage ^ 1);
+    const int head = step.head, query = step.tile * Tile::queries;
 
     const Score score(a.scores, head);
-    const Range first_seen = seen[warp_row], last_seen = seen[warp_row + warp_rows - 1];
     UNROLL_BY(1)
     for (int pass = 0; pass < Tile::queries; pass += Tile::pass) {
       // Of a lane's fragments: rows are keys, lane / 4 and 8 more; columns queries, 2 (lane % 4) and the next.
       const int row = warp_row + lane / 4, column = pass + 2 * (lane % 4);
-      const bool whole = query + pass >= last_seen.begin && query + pass + Tile::pass <= first_seen.end;
+      const auto keep_ds = [&](int r, int c, int half, uint32_t pair) {
+        if (warp_column == 0)
+          store_shared<uint32_t>(ds_tile.at(row + 16 * r + 8 * half, pass / 8 + c) + lane % 4 * 4, pair);
+      };
+      const Range first_seen = seen[warp_row], last_seen = seen[warp_row + warp_rows - 1];
+      const int first = query + pass, end = first + Tile::pass;
+      if (first >= last_seen.end || end <= first_seen.begin) {
+        UNROLL for (int r = 0; r < row_tiles; ++r)
+          UNROLL for (int c = 0; c < pass_tiles; ++c)
+            UNROLL for (int half = 0; half < 2; ++half) keep_ds(r, c, half, 0);
+        continue;
+      }
+      const bool whole = first >= last_seen.begin && end <= first_seen.end;
 
       // S^T = K Q^T and dP^T = V dO^T
       float p[row_tiles][pass_tiles][4] = {}, ds[row_tiles][pass_tiles][4] = {};
@@ -194,23 +208,17 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
             const float(&d)[4] = ds[r][c + part];
             pack_fragment<T>(p_left[r], part, p_[0], p_[1], p_[2], p_[3]);
             pack_fragment<T>(ds_left[r], part, p_[0] * d[0], p_[1] * d[1], p_[2] * d[2], p_[3] * d[3]);
-            if (warp_column > 0) continue;
-            UNROLL for (int half = 0; half < 2; ++half)
-              store_shared<uint32_t>(ds_tile.at(row + 16 * r + 8 * half, pass / 8 + c + part) + lane % 4 * 4,
-                                     ds_left[r][2 * part + half]);
+            UNROLL for (int half = 0; half < 2; ++half) keep_ds(r, c + part, half, ds_left[r][2 * part + half]);
           }
         multiply_rows<T>(dv, p_left, do_at, 8 * c);
         multiply_rows<T>(dk, ds_left, q_at, 8 * c);
       }
     }
     cta_sync();  // dS of all warps is there, and nobody reads the queries and dO any more
-    if (Tile::stages == 1 && step + 1 < steps) fetch(step + 1);
+    if (Tile::stages == 1 && more) fetch(next, 0);
 
     add_dq<T, Tile>(a, ds_tile, k_tile, batch, head, query, work.tile);
-  }
-  if (a.turns && steps > 0) {
-    cta_sync();
-    end_turn<T, Tile>(a, batch, head_of(steps - 1), query_of(steps - 1), work.tile);
+    if (Tile::stages == 2) stage ^= 1;
   }
 
   // Through the tiles of keys and values, so that each store is 16 bytes of one row.

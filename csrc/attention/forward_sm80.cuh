@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention/forward.cuh"
+#include "attention/fragments.cuh"
 #include "attention/softmax.cuh"
 
 namespace almostgpt {
@@ -26,6 +27,8 @@ template <class T, class Tile, class Score>
 KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_CONSTANT const ForwardArgs<T> a) {
   constexpr int row_tiles = Tile::row_tiles, warp_rows = row_tiles * kFragmentRows;
   constexpr int score_tiles = Tile::keys / 8, out_tiles = Tile::head_dim / 8, depth_tiles = Tile::head_dim / 16;
+  // In registers, where there are some left.
+  constexpr bool keep_queries = Tile::head_dim <= 64 && Score::plain;
   const int lane = lane_id(), queries = a.mask.queries, keys = a.mask.keys;
 
   const Schedule::Work work = a.schedule.work(block_x());
@@ -63,22 +66,23 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
   float out[row_tiles][out_tiles][4] = {};
   OnlineSoftmax<row_tiles> softmax;
   const auto q_at = left(q_tile, warp_row);
-  const auto load_q = [&](int d, uint32_t (&q)[row_tiles][4]) {
-    UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(q[r], q_at.at(r * 16, d * 2));
-  };
-  uint32_t q_kept[Tile::keep_queries ? depth_tiles : 1][row_tiles][4];
+  uint32_t q_kept[keep_queries ? depth_tiles : 1][row_tiles][4];
 
+  cp_async_commit();
   if (first_tile < end_tile) fetch(first_tile);
+  if constexpr (keep_queries) {
+    if (first_tile < end_tile) {
+      cp_async_wait<1>();  // for the queries, not for the first keys
+      cta_sync();
+      UNROLL for (int d = 0; d < depth_tiles; ++d)
+        UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(q_kept[d][r], q_at.at(16 * r, 2 * d));
+    }
+  }
   UNROLL_BY(1)
   for (int tile = first_tile; tile < end_tile; ++tile) {
     cp_async_wait<0>();
     cta_sync();  // everybody's copies of this tile are there, and nobody reads the tile before any more …
     if (tile + 1 < end_tile) fetch(tile + 1);  // … whose place the next one takes
-    if constexpr (Tile::keep_queries) {
-      if (tile == first_tile)
-        UNROLL for (int d = 0; d < depth_tiles; ++d) load_q(d, q_kept[d]);
-    }
-
     const int first = tile * Tile::keys;  // of its keys
     const Range first_sees = seen[warp_row], last_sees = seen[warp_row + warp_rows - 1];
     if (!warp_works || first >= last_sees.end || first + Tile::keys <= first_sees.begin) continue;
@@ -87,18 +91,10 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
     // S = Q K^T
     float scores[row_tiles][score_tiles][4] = {};
     const auto k_at = right(k_tile(tile));
-    UNROLL for (int d = 0; d < depth_tiles; ++d) {
-      uint32_t q_read[row_tiles][4];
-      if constexpr (!Tile::keep_queries) load_q(d, q_read);
-      const auto& q = Tile::keep_queries ? q_kept[d] : q_read;
-      UNROLL for (int c = 0; c < score_tiles; c += 2) {
-        uint32_t k[4];
-        ldmatrix_x4(k, k_at.at(c * 8, d * 2));
-        UNROLL for (int r = 0; r < row_tiles; ++r) {
-          mma_m16n8k16<T>(scores[r][c], q[r], k[0], k[1]);
-          mma_m16n8k16<T>(scores[r][c + 1], q[r], k[2], k[3]);
-        }
-      }
+    if constexpr (keep_queries) {
+      UNROLL for (int d = 0; d < depth_tiles; ++d) multiply_columns<T>(scores, q_kept[d], k_at, 2 * d);
+    } else {
+      multiply<T>(scores, q_at, k_at);
     }
 
     // This lane's first column and row; its others are 8 columns, or 8 rows, further.
@@ -128,16 +124,11 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
     UNROLL for (int c = 0; c < score_tiles; c += 2) {
       uint32_t p[row_tiles][4];
       UNROLL for (int r = 0; r < row_tiles; ++r)
-        UNROLL for (int i = 0; i < 4; ++i)
-          p[r][i] = pair_of(T(), scores[r][c + i / 2][i % 2 * 2], scores[r][c + i / 2][i % 2 * 2 + 1]);
-      UNROLL for (int d = 0; d < out_tiles; d += 2) {
-        uint32_t v[4];
-        ldmatrix_x4_trans(v, v_at.at(c * 8, d));
-        UNROLL for (int r = 0; r < row_tiles; ++r) {
-          mma_m16n8k16<T>(out[r][d], p[r], v[0], v[1]);
-          mma_m16n8k16<T>(out[r][d + 1], p[r], v[2], v[3]);
+        UNROLL for (int part = 0; part < 2; ++part) {
+          const float(&s)[4] = scores[r][c + part];
+          pack_fragment<T>(p[r], part, s[0], s[1], s[2], s[3]);
         }
-      }
+      multiply_rows<T>(out, p, v_at, 8 * c);
     }
   }
   cp_async_wait<0>();  // where a block sees no keys at all, its queries
@@ -152,17 +143,12 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
       const int row = warp_row + 16 * r + 8 * half + lane / 4;
       if (lane % 4 == 0 && first_query + row <= last_query) store_global(lse + row, finished.lse);
       UNROLL for (int d = 0; d < out_tiles; ++d)
-        store_shared<uint32_t>(q_tile.at(row, d) + lane % 4 * 4,
-                               pair_of(T(), out[r][d][2 * half] * finished.weight, out[r][d][2 * half + 1] * finished.weight));
+        UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[r][d][e] *= finished.weight;
     }
+  store_fragments<T>(q_tile, out, warp_row, 0);
   warp_sync();
-  const Global<T> out_head = a.out.head(batch, head) + first_query * a.out.strides.row;
-  constexpr int chunks = Tile::head_dim / 8;
-  UNROLL for (int i = lane; i < warp_rows * chunks; i += 32) {
-    const int row = warp_row + i / chunks, chunk = i % chunks;
-    if (first_query + row <= last_query && chunk * 8 < a.head_dim)
-      store_global_as<u32x4>(out_head + (row * a.out.strides.row + chunk * 8), load_shared<u32x4>(q_tile.at(row, chunk)));
-  }
+  write_rows<32, warp_rows>(q_tile, warp_row, a.out.head(batch, head) + first_query * a.out.strides.row,
+                            a.out.strides.row, last_query - first_query + 1, a.head_dim, lane);
 }
 
 template <int head_dim>

@@ -5,23 +5,32 @@
 
 namespace almostgpt {
 
-// sums[r][c] += A B^T for a warp's rows of A, from 16 r on, and rows of B, from 8 c on, over all columns
-// of the tiles; `a` and `b` are cursors of left and right.
+// sums[r][c] += A B^T for 16 columns of both: `left` holds A's, of rows 16 r on; `b`, a cursor of right,
+// stands at B's row 0, and `chunk` says where the columns begin.
+template <class T, int row_tiles, int column_tiles, class Tile>
+DEVICE void multiply_columns(float (&sums)[row_tiles][column_tiles][4], const uint32_t (&left)[row_tiles][4],
+                             const LaneCursor<Tile>& b, int chunk) {
+  UNROLL for (int c = 0; c < column_tiles; c += 2) {
+    uint32_t right[4];
+    ldmatrix_x4(right, b.at(8 * c, chunk));
+    UNROLL for (int r = 0; r < row_tiles; ++r) {
+      mma_m16n8k16<T>(sums[r][c], left[r], right[0], right[1]);
+      mma_m16n8k16<T>(sums[r][c + 1], left[r], right[2], right[3]);
+    }
+  }
+}
+
+// The same over all columns of the tiles, A's read from memory, too: `a` is a cursor of left.
 template <class T, int row_tiles, int column_tiles, class TileA, class TileB>
 DEVICE void multiply(float (&sums)[row_tiles][column_tiles][4], const LaneCursor<TileA>& a, const LaneCursor<TileB>& b) {
   static_assert(TileA::columns == TileB::columns && column_tiles % 2 == 0);
-  UNROLL for (int d = 0; d < TileA::columns / 8; d += 2) {
-    uint32_t left[row_tiles][4];
-    UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(left[r], a.at(16 * r, d));
-    UNROLL for (int c = 0; c < column_tiles; c += 2) {
-      uint32_t right[4];
-      ldmatrix_x4(right, b.at(8 * c, d));
-      UNROLL for (int r = 0; r < row_tiles; ++r) {
-        mma_m16n8k16<T>(sums[r][c], left[r], right[0], right[1]);
-        mma_m16n8k16<T>(sums[r][c + 1], left[r], right[2], right[3]);
-      }
+  UNROLL_BY(1)  // unrolled over all panels, the backward kernels spill registers
+  for (int panel = 0; panel < TileA::columns / 8; panel += TileA::chunks)
+    UNROLL for (int chunk = panel; chunk < panel + TileA::chunks; chunk += 2) {
+      uint32_t left[row_tiles][4];
+      UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(left[r], a.at(16 * r, chunk));
+      multiply_columns<T>(sums, left, b, chunk);
     }
-  }
 }
 
 // sums[r][d] += A B for 16 rows of B, from its row `row` on, and the columns from chunk `chunk` on; `b` is

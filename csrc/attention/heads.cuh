@@ -34,7 +34,7 @@ HeadsOf<T> heads_of(const Heads& heads) {
 // The rows from `first` on of a head that has `rows`.
 template <class T>
 DEVICE Rows<T> rows_from(Global<const T> head, int64_t stride, int first, int rows, int columns) {
-  return {head + first * stride, stride, rows - first, columns};
+  return {head + first * stride, static_cast<int>(stride), rows - first, columns};
 }
 
 // The tiles of all heads, in the order in which blocks begin: heads in groups whose keys and values

@@ -75,7 +75,7 @@ template <class Tile> DEVICE LaneCursor<Tile> right_turned(const Tile& tile, int
 template <class T>
 struct Rows {
   Global<const T> data;
-  int64_t stride;
+  int stride;  // below kMaxRowStride: what a tile's rows are apart takes one register, not two
   int rows, columns;
 };
 
@@ -86,13 +86,13 @@ DEVICE void copy_async(const Tile& tile, const Rows<T>& from) {
   static_assert(threads % row_chunks == 0 && Tile::rows % step == 0);
   const int row = thread_id() / row_chunks, chunk = thread_id() % row_chunks;
   const bool column_there = chunk * 8 < from.columns;
-  Global<const T> source = from.data + (row * from.stride + chunk * 8);
   const shared_addr start = tile.at(row, chunk);
+  int offset = row * from.stride + chunk * 8;
   UNROLL for (int i = 0; i < Tile::rows / step; ++i) {
     // Eight rows on, the swizzle is the same.
     const shared_addr to = step % 8 == 0 ? start + i * (step * Tile::line) : tile.at(row + i * step, chunk);
-    cp_async16(to, source, column_there && row + i * step < from.rows);
-    source = source + step * from.stride;
+    cp_async16(to, from.data + offset, column_there && row + i * step < from.rows);
+    offset += step * from.stride;
   }
 }
 

@@ -22,7 +22,6 @@ struct ForwardTile {
   static constexpr int threads = 32 * warps;
   static constexpr int row_tiles = queries / warps / kFragmentRows;  // a warp's
   static constexpr int blocks = threads <= 128 ? 2 : 1;              // on a multiprocessor, by registers
-  static constexpr bool keep_queries = head_dim <= 64;               // in registers, where there are some left
   static constexpr uint32_t query_bytes = queries * head_dim * 2;
   static constexpr uint32_t key_bytes = keys * head_dim * 2;
   static constexpr uint32_t range_bytes = queries * 8;  // what each row sees

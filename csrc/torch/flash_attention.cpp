@@ -48,6 +48,7 @@ Tensor readable(const Tensor& tensor) {
   bool in_place = tensor.stride(3) == 1 || tensor.size(3) == 1;
   in_place = in_place && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t d = 0; d < 3; ++d) in_place = in_place && (tensor.stride(d) % 8 == 0 || tensor.size(d) == 1);
+  in_place = in_place && (tensor.stride(2) < kMaxRowStride || tensor.size(2) == 1);
   return in_place ? tensor : contiguous(tensor);
 }
 
