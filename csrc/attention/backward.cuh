@@ -48,6 +48,27 @@ struct BackwardArgs {
 
 struct alignas(8) Pair { float x, y; };
 
+// The shared memory of the main kernel.
+template <class Tile>
+struct BackwardMemory {
+  using KTile = SharedTile<Tile::keys, Tile::head_dim>;
+  using QTile = SharedTile<Tile::queries, Tile::head_dim>;
+  using STile = SharedTile<Tile::keys, Tile::queries>;
+
+  DEVICE KTile k() const { return {shared_base()}; }
+  DEVICE KTile v() const { return {shared_base() + KTile::bytes}; }
+  DEVICE STile ds() const { return {shared_base() + 2 * KTile::bytes}; }
+  DEVICE QTile q(int stage) const { return {stages() + stage * (2 * QTile::bytes)}; }
+  DEVICE QTile dout(int stage) const { return {stages() + stage * (2 * QTile::bytes) + QTile::bytes}; }
+  DEVICE shared_addr lse2(int stage) const { return rows() + stage * (2 * Tile::row_bytes); }
+  DEVICE shared_addr delta(int stage) const { return rows() + stage * (2 * Tile::row_bytes) + Tile::row_bytes; }
+  DEVICE Ranges seen() const { return {rows() + Tile::stages * (2 * Tile::row_bytes)}; }
+
+ private:
+  DEVICE shared_addr stages() const { return shared_base() + 2 * KTile::bytes + STile::bytes; }
+  DEVICE shared_addr rows() const { return stages() + Tile::stages * (2 * QTile::bytes); }
+};
+
 int attention_prepare_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
                                const AttentionScratch& scratch, const BackwardPlan& plan, void* stream);
 int attention_finish_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,

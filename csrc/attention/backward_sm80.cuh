@@ -25,21 +25,21 @@ DEVICE int next_ticket(Global<int32_t> tickets, shared_addr memory) {
 
 // dQ += dS K for a tile of queries, each warp 32 rows and a part of the columns. In order, a block adds
 // when its turn has come.
-template <class T, class Tile, class STile, class KTile>
-DEVICE void add_dq(const BackwardArgs<T>& a, const STile& ds_tile, const KTile& k_tile, int batch, int head, int query,
+template <class T, class Tile>
+DEVICE void add_dq(const BackwardArgs<T>& a, const BackwardMemory<Tile>& memory, int batch, int head, int query,
                    int key_tile) {
   constexpr int row_parts = Tile::queries / 32;
   const int row = warp_id() % row_parts * 32, first_column = warp_id() / row_parts * Tile::dq_columns;
-  const auto ds_at = left_turned(ds_tile);
+  const auto ds_at = left_turned(memory.ds());
   // 32 columns at a time: the sums of 64 are too many registers beside dK and dV.
   UNROLL_BY(1)
   for (int column = first_column; column < first_column + Tile::dq_columns; column += 32) {
     float dq[2][4][4] = {};
-    const auto k_at = right_turned(k_tile, 0, column);
+    const auto k_at = right_turned(memory.k(), 0, column);
     UNROLL for (int key = 0; key < Tile::keys; key += 16) {
       uint32_t ds[2][4];
       UNROLL for (int r = 0; r < 2; ++r) ldmatrix_x4_trans(ds[r], ds_at.at(key, row / 8 + 2 * r));
-      multiply_rows<T>(dq, ds, k_at, key, column / 8 % KTile::chunks);
+      multiply_rows<T>(dq, ds, k_at, key, column / 8 % BackwardMemory<Tile>::KTile::chunks);
     }
 
     if (a.turns && column == first_column) {
@@ -72,21 +72,13 @@ DEVICE void add_dq(const BackwardArgs<T>& a, const STile& ds_tile, const KTile& 
 template <class T, class Tile, class Score>
 KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID_CONSTANT const BackwardArgs<T> a) {
   constexpr int row_tiles = Tile::row_tiles, warp_rows = row_tiles * kFragmentRows;
-  constexpr int pass_tiles = Tile::pass / 8, column_tiles = Tile::columns / 8, depth_tiles = Tile::head_dim / 16;
+  constexpr int pass_tiles = Tile::pass / 8, column_tiles = Tile::columns / 8;
   const int lane = lane_id(), queries = a.mask.queries, keys = a.mask.keys;
 
-  using KTile = SharedTile<Tile::keys, Tile::head_dim>;
-  using QTile = SharedTile<Tile::queries, Tile::head_dim>;
-  using STile = SharedTile<Tile::keys, Tile::queries>;
-  const KTile k_tile{shared_base()}, v_tile{k_tile.base + KTile::bytes};
-  const STile ds_tile{v_tile.base + KTile::bytes};
-  const shared_addr stages = ds_tile.base + STile::bytes;
-  const auto q_tile = [&](int stage) { return QTile{stages + stage * (2 * QTile::bytes)}; };
-  const auto do_tile = [&](int stage) { return QTile{q_tile(stage).base + QTile::bytes}; };
-  const shared_addr rows = stages + Tile::stages * (2 * QTile::bytes);
-  const auto lse_row = [&](int stage) { return rows + stage * (2 * Tile::row_bytes); };
-  const auto delta_row = [&](int stage) { return lse_row(stage) + Tile::row_bytes; };
-  const Ranges seen{rows + Tile::stages * (2 * Tile::row_bytes)};
+  const BackwardMemory<Tile> memory;
+  const auto k_tile = memory.k(), v_tile = memory.v();
+  const auto ds_tile = memory.ds();
+  const Ranges seen = memory.seen();
 
   // In order, tiles must be handed out in the order in which blocks begin: a block waits for earlier tiles.
   int block = block_x();
@@ -95,8 +87,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   const int batch = work.head / a.kv_heads, kv_head = work.head % a.kv_heads;
   const int first_key = work.tile * Tile::keys, last_key = min(first_key + Tile::keys, keys) - 1;
 
-  copy_async<Tile::threads>(k_tile, rows_from(a.k.head(batch, kv_head), a.k.strides.row, first_key, keys, a.head_dim));
-  copy_async<Tile::threads>(v_tile, rows_from(a.v.head(batch, kv_head), a.v.strides.row, first_key, keys, a.head_dim));
+  copy_async<Tile::threads>(k_tile, a.k.rows(batch, kv_head, keys, a.head_dim).from(first_key));
+  copy_async<Tile::threads>(v_tile, a.v.rows(batch, kv_head, keys, a.head_dim).from(first_key));
   // Nobody sees the keys beyond the last.
   seen.fill(Tile::keys, [&](int row) {
     return first_key + row <= last_key ? a.mask.queries_of(first_key + row) : Range{queries, queries};
@@ -116,15 +108,14 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   int stage = 0;  // of the step that is worked on
   const auto fetch = [&](Step step, int stage) {
     const int head = step.head, query = step.tile * Tile::queries;
-    copy_async<Tile::threads>(q_tile(stage), rows_from(a.q.head(batch, head), a.q.strides.row, query, queries, a.head_dim));
-    copy_async<Tile::threads>(do_tile(stage),
-                              rows_from(a.dout.head(batch, head), a.dout.strides.row, query, queries, a.head_dim));
+    copy_async<Tile::threads>(memory.q(stage), a.q.rows(batch, head, queries, a.head_dim).from(query));
+    copy_async<Tile::threads>(memory.dout(stage), a.dout.rows(batch, head, queries, a.head_dim).from(query));
     // Four at a time, by the first threads. Padded: there are values for all of the tile.
     constexpr int fours = Tile::queries / 4;
     static_assert(2 * fours <= Tile::threads);
     if (thread_id() < 2 * fours) {
       const int64_t row = a.row_of(batch, head) + query + thread_id() % fours * 4;
-      cp_async16(lse_row(stage) + thread_id() * 16, (thread_id() < fours ? a.lse2 : a.delta) + row);
+      cp_async16(memory.lse2(stage) + thread_id() * 16, (thread_id() < fours ? a.lse2 : a.delta) + row);
     }
     cp_async_commit();
   };
@@ -145,7 +136,6 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
     if (Tile::stages == 2 && more) fetch(next, stage ^ 1);
     const int head = step.head, query = step.tile * Tile::queries;
 
-    const Score score(a.scores, head);
     UNROLL_BY(1)
     for (int pass = 0; pass < Tile::queries; pass += Tile::pass) {
       // Of a lane's fragments: rows are keys, lane / 4 and 8 more; columns queries, 2 (lane % 4) and the next.
@@ -166,14 +156,15 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
 
       // S^T = K Q^T and dP^T = V dO^T
       float p[row_tiles][pass_tiles][4] = {}, ds[row_tiles][pass_tiles][4] = {};
-      multiply<T>(p, left(k_tile, warp_row), right(q_tile(stage), pass));
-      multiply<T>(ds, left(v_tile, warp_row), right(do_tile(stage), pass));
+      multiply<T>(p, left(k_tile, warp_row), right(memory.q(stage), pass));
+      multiply<T>(ds, left(v_tile, warp_row), right(memory.dout(stage), pass));
 
       // P^T, and dS^T = P^T (dP^T - delta)
+      const Score score(a.scores, head);
       const float ahead = static_cast<float>(query + column + a.mask.diagonal() - first_key - row);
       UNROLL for (int c = 0; c < pass_tiles; ++c) {
-        const Pair lse2 = load_shared<Pair>(lse_row(stage) + (column + 8 * c) * 4);
-        const Pair delta = load_shared<Pair>(delta_row(stage) + (column + 8 * c) * 4);
+        const Pair lse2 = load_shared<Pair>(memory.lse2(stage) + (column + 8 * c) * 4);
+        const Pair delta = load_shared<Pair>(memory.delta(stage) + (column + 8 * c) * 4);
         UNROLL for (int r = 0; r < row_tiles; ++r)
           UNROLL for (int e = 0; e < 4; ++e) {
             float slope = 1.0f;
@@ -199,7 +190,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
       }
 
       // dV += P^T dO and dK += dS^T Q, 16 queries at a time
-      const auto do_at = right_turned(do_tile(stage), pass, warp_column), q_at = right_turned(q_tile(stage), pass, warp_column);
+      const auto do_at = right_turned(memory.dout(stage), pass, warp_column), q_at = right_turned(memory.q(stage), pass, warp_column);
       UNROLL for (int c = 0; c < pass_tiles; c += 2) {
         uint32_t p_left[row_tiles][4], ds_left[row_tiles][4];
         UNROLL for (int r = 0; r < row_tiles; ++r)
@@ -217,7 +208,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
     cta_sync();  // dS of all warps is there, and nobody reads the queries and dO any more
     if (Tile::stages == 1 && more) fetch(next, 0);
 
-    add_dq<T, Tile>(a, ds_tile, k_tile, batch, head, query, work.tile);
+    add_dq<T>(a, memory, batch, head, query, work.tile);
     if (Tile::stages == 2) stage ^= 1;
   }
 
@@ -230,7 +221,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   store_fragments<T>(k_tile, dk, warp_row, warp_column);
   store_fragments<T>(v_tile, dv, warp_row, warp_column);
   cta_sync();
-  const auto write = [&](const KTile& tile, const HeadsOf<T>& to) {
+  const auto write = [&](const auto& tile, const HeadsOf<T>& to) {
     write_rows<Tile::threads, Tile::keys>(tile, 0, to.head(batch, kv_head) + first_key * to.strides.row, to.strides.row,
                                           last_key - first_key + 1, a.head_dim, thread_id());
   };

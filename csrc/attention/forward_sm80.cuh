@@ -26,9 +26,7 @@ struct ForwardArgs {
 template <class T, class Tile, class Score>
 KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_CONSTANT const ForwardArgs<T> a) {
   constexpr int row_tiles = Tile::row_tiles, warp_rows = row_tiles * kFragmentRows;
-  constexpr int score_tiles = Tile::keys / 8, out_tiles = Tile::head_dim / 8, depth_tiles = Tile::head_dim / 16;
-  // In registers, where there are some left.
-  constexpr bool keep_queries = Tile::head_dim <= 64 && Score::plain;
+  constexpr int score_tiles = Tile::keys / 8, out_tiles = Tile::head_dim / 8;
   const int lane = lane_id(), queries = a.mask.queries, keys = a.mask.keys;
 
   const Schedule::Work work = a.schedule.work(block_x());
@@ -42,15 +40,14 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
   const auto k_tile = [](int tile) { return KTile{shared_base() + Tile::query_bytes + tile % 2 * (2 * KTile::bytes)}; };
   const auto v_tile = [&](int tile) { return KTile{k_tile(tile).base + KTile::bytes}; };
 
-  const Global<const T> k_head = a.k.head(batch, kv_head), v_head = a.v.head(batch, kv_head);
+  const Rows<T> k = a.k.rows(batch, kv_head, keys, a.head_dim), v = a.v.rows(batch, kv_head, keys, a.head_dim);
   const auto fetch = [&](int tile) {
-    const int first = tile * Tile::keys;
-    copy_async<Tile::threads>(k_tile(tile), rows_from(k_head, a.k.strides.row, first, keys, a.head_dim));
-    copy_async<Tile::threads>(v_tile(tile), rows_from(v_head, a.v.strides.row, first, keys, a.head_dim));
+    copy_async<Tile::threads>(k_tile(tile), k.from(tile * Tile::keys));
+    copy_async<Tile::threads>(v_tile(tile), v.from(tile * Tile::keys));
     cp_async_commit();
   };
 
-  copy_async<Tile::threads>(q_tile, rows_from(a.q.head(batch, head), a.q.strides.row, first_query, queries, a.head_dim));
+  copy_async<Tile::threads>(q_tile, a.q.rows(batch, head, queries, a.head_dim).from(first_query));
   // While the queries come: what the rows see. Rows beyond the last are taken for it, and not stored.
   const Ranges seen{shared_base() + Tile::query_bytes + 4 * KTile::bytes};
   seen.fill(Tile::queries, [&](int row) { return a.mask.keys_of(min(first_query + row, last_query)); });
@@ -66,18 +63,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
   float out[row_tiles][out_tiles][4] = {};
   OnlineSoftmax<row_tiles> softmax;
   const auto q_at = left(q_tile, warp_row);
-  uint32_t q_kept[keep_queries ? depth_tiles : 1][row_tiles][4];
 
-  cp_async_commit();
   if (first_tile < end_tile) fetch(first_tile);
-  if constexpr (keep_queries) {
-    if (first_tile < end_tile) {
-      cp_async_wait<1>();  // for the queries, not for the first keys
-      cta_sync();
-      UNROLL for (int d = 0; d < depth_tiles; ++d)
-        UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(q_kept[d][r], q_at.at(16 * r, 2 * d));
-    }
-  }
   UNROLL_BY(1)
   for (int tile = first_tile; tile < end_tile; ++tile) {
     cp_async_wait<0>();
@@ -90,12 +77,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
 
     // S = Q K^T
     float scores[row_tiles][score_tiles][4] = {};
-    const auto k_at = right(k_tile(tile));
-    if constexpr (keep_queries) {
-      UNROLL for (int d = 0; d < depth_tiles; ++d) multiply_columns<T>(scores, q_kept[d], k_at, 2 * d);
-    } else {
-      multiply<T>(scores, q_at, k_at);
-    }
+    multiply<T>(scores, q_at, right(k_tile(tile)));
 
     // This lane's first column and row; its others are 8 columns, or 8 rows, further.
     const int column = first + 2 * (lane % 4), row = warp_row + lane / 4;

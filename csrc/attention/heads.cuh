@@ -12,7 +12,7 @@ namespace almostgpt {
 
 using namespace device;
 
-// (batch, heads, rows, head_dim), of which one head's rows are asked for at a time.
+// (batch, heads, rows, head_dim).
 template <class T>
 struct HeadsOf {
   Global<T> data;
@@ -20,6 +20,9 @@ struct HeadsOf {
 
   DEVICE Global<T> head(int batch, int head) const {
     return data + (batch * strides.batch + head * strides.head);
+  }
+  DEVICE auto rows(int batch, int head, int count, int columns) const {
+    return Rows<std::remove_const_t<T>>{this->head(batch, head), static_cast<int>(strides.row), count, columns};
   }
 };
 template <class T>
@@ -29,12 +32,6 @@ HeadsOf<const T> heads_of(const ConstHeads& heads) {
 template <class T>
 HeadsOf<T> heads_of(const Heads& heads) {
   return {Global<T>(static_cast<T*>(heads.data)), heads.strides};
-}
-
-// The rows from `first` on of a head that has `rows`.
-template <class T>
-DEVICE Rows<T> rows_from(Global<const T> head, int64_t stride, int first, int rows, int columns) {
-  return {head + first * stride, static_cast<int>(stride), rows - first, columns};
 }
 
 // The tiles of all heads, in the order in which blocks begin: heads in groups whose keys and values

@@ -77,6 +77,8 @@ struct Rows {
   Global<const T> data;
   int stride;  // below kMaxRowStride: what a tile's rows are apart takes one register, not two
   int rows, columns;
+
+  DEVICE Rows from(int first) const { return {data + int64_t{first} * stride, stride, rows - first, columns}; }
 };
 
 // By all `threads` threads of the block, with cp.async: not there before a commit, a wait and a barrier.

@@ -69,7 +69,9 @@ struct BackwardTile {
 template <int head_dim, class F>
 constexpr int with_backward_tile(int shared_bytes, F f) {
   if constexpr (head_dim == 64) {
-    return f(BackwardTile<64, 128, 64, 2, 4, 1>());
+    // 82 KiB fit twice into 227 KiB, and once into 99 KiB; 163 KiB hold two blocks of one stage.
+    return shared_bytes >= 134 * kKiB && shared_bytes < 166 * kKiB ? f(BackwardTile<64, 128, 64, 1, 4, 1>())
+                                                                   : f(BackwardTile<64, 128, 64, 2, 4, 1>());
   } else if constexpr (head_dim == 128) {
     return shared_bytes >= 146 * kKiB ? f(BackwardTile<128, 128, 64, 2, 8, 1>())
                                                         : f(BackwardTile<128, 64, 64, 1, 4, 1>());
