@@ -212,9 +212,12 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
     if (Tile::stages == 2) stage ^= 1;
   }
 
-  // Through the tiles of keys and values, so that each store is 16 bytes of one row.
-  cp_async_wait<0>();
+  if (tiles == 0) {  // the keys and values, which nobody has waited for
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
   cta_sync();
+  // Through the tiles of keys and values, so that each store is 16 bytes of one row.
   UNROLL for (int r = 0; r < row_tiles; ++r)
     UNROLL for (int d = 0; d < column_tiles; ++d)
       UNROLL for (int e = 0; e < 4; ++e) dk[r][d][e] *= a.scores.scale;

@@ -113,7 +113,11 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_forward_kernel(GRID_
       multiply_rows<T>(out, p, v_at, 8 * c);
     }
   }
-  cp_async_wait<0>();  // where a block sees no keys at all, its queries
+  if (first_tile == end_tile) {  // the queries, which nobody has waited for
+    cp_async_commit();
+    cp_async_wait<0>();
+    cta_sync();
+  }
   if (!warp_works) return;
 
   // Through the warp's own rows of the queries' tile, so that each store is 16 bytes of one row.
