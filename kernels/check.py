@@ -60,7 +60,7 @@ class Case:
     outputs: tuple[str, ...]
     work: Callable[[Shape], dict[str, Work]]
     shapes: dict[str, Shape]
-    options: dict[str, bool] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- the cases
@@ -72,12 +72,16 @@ def _plain_rms_norm(x, weight, eps, residual=None):
     return y if residual is None else (y, total)
 
 
-def _plain_attention(q, k, v, *, causal):
+def _plain_attention(q, k, v, *, causal, window=None, softcap=0.0):
     def one_head(q, k, v):
         scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         if causal:
-            unseen = torch.ones_like(scores, dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(unseen, -math.inf)
+            sees = torch.ones_like(scores, dtype=torch.bool).tril()
+            if window is not None:
+                sees = sees.triu(-window[0])
+            scores = scores.masked_fill(~sees, -math.inf)
         return scores.softmax(-1) @ v
 
     # Of one head at a time, so that (T, T) matrices in float64 fit for long sequences too.
@@ -117,10 +121,13 @@ _ADD_RMS_NORM = Case(
 )
 
 
-def _attention(causal: bool) -> Case:
+def _attention(causal: bool, **options) -> Case:
     def work(shape: Shape) -> dict[str, Work]:
         B, H, T, D = shape
-        elements, flops = B * H * T * D, 4 * B * H * T * T * D / (2 if causal else 1)
+        seen = T * T / 2 if causal else T * T  # pairs of a query and a key
+        if "window" in options:
+            seen = min(seen, T * (options["window"][0] + 1))
+        elements, flops = B * H * T * D, 4 * B * H * seen * D
         return {
             "forward": Work(4 * elements, flops),  # q, k, v, out
             "backward": Work(8 * elements, 2.5 * flops),  # these, and their gradients
@@ -134,7 +141,7 @@ def _attention(causal: bool) -> Case:
         outputs=("out",),
         work=work,
         shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
-        options={"causal": causal},
+        options={"causal": causal, **options},
     )
 
 
@@ -143,6 +150,8 @@ CASES: dict[str, Case] = {
     "rms_norm with a residual": _ADD_RMS_NORM,
     "flash_attention": _attention(causal=False),
     "flash_attention, causal": _attention(causal=True),
+    "flash_attention, window": _attention(causal=True, window=(50, 0)),
+    "flash_attention, softcap": _attention(causal=True, softcap=20.0),
 }
 
 

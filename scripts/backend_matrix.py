@@ -38,10 +38,9 @@ def _rms_norm(x: Tensor, **options) -> Call:
     return (x, weight), options
 
 
-def _attention(empty: Empty, Tq: int, Tk: int, kv_heads: int, causal: bool) -> Call:
-    D = 64
-    k = empty(2, kv_heads, Tk, D)
-    return (empty(2, 8, Tq, D), k, k), {"causal": causal}
+def _attention(empty: Empty, Tq=512, Tk=512, kv_heads=8, B=2, D=64, **options) -> Call:
+    k = empty(B, kv_heads, Tk, D)
+    return (empty(B, 8, Tq, D), k, k), {"causal": True, **options}
 
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
@@ -55,10 +54,23 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "rows of odd length": lambda empty: _rms_norm(empty(64, 1023)),
     },
     "flash_attention": {
-        "full": lambda empty: _attention(empty, 512, 512, 8, causal=False),
-        "causal": lambda empty: _attention(empty, 512, 512, 8, causal=True),
-        "grouped queries": lambda empty: _attention(empty, 512, 512, 2, causal=True),
-        "one query on a cache": lambda empty: _attention(empty, 1, 512, 2, causal=True),
+        "full": lambda empty: _attention(empty, causal=False),
+        "causal": lambda empty: _attention(empty),
+        "grouped queries": lambda empty: _attention(empty, kv_heads=2),
+        "one query on a cache": lambda empty: _attention(empty, Tq=1, kv_heads=2),
+        "window": lambda empty: _attention(empty, window=(128, 0)),
+        "softcap": lambda empty: _attention(empty, softcap=30.0),
+        "ALiBi": lambda empty: _attention(empty, alibi_slopes=empty(8, dtype=torch.float32)),
+        "sinks": lambda empty: _attention(empty, sink_logits=empty(8, dtype=torch.float32)),
+        "packed documents": lambda empty: _attention(
+            empty, B=1, cu_seqlens=empty(5, dtype=torch.int32)
+        ),
+        "deterministic": lambda empty: _attention(empty, deterministic=True),
+        "with the lse": lambda empty: _attention(empty, return_lse=True),
+        "heads of 20": lambda empty: _attention(empty, D=20),
+        "heads of 128": lambda empty: _attention(empty, D=128),
+        "heads of 256": lambda empty: _attention(empty, D=256),
+        "heads of 264": lambda empty: _attention(empty, D=264),
     },
 }
 

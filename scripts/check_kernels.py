@@ -52,6 +52,19 @@ EXPECTED = (
         has="LDGSTS LDG.128 STG.128",
         lacks="LDG.16 STG.16 STG.32",
     ),
+    # Attention: tiles come by cp.async and go in 16 bytes; nothing but the tensor cores multiplies.
+    Expectation(
+        r"attention_forward_kernel<.*>",
+        has="LDGSTS LDSM HMMA STG.128",
+        lacks="LDG.16 LDG.128 STG.16",
+    ),
+    Expectation(
+        r"attention_backward_kernel<.*>",
+        has="LDGSTS LDSM HMMA STG.128 LDG.128",
+        lacks="LDG.16 STG.16",
+    ),
+    Expectation(r"prepare_kernel<\w+>", has="LDG.128 STG.128", lacks="LDG.16 STG.16"),
+    Expectation(r"finish_kernel<\w+>", has="LDG.128 STG.128", lacks="LDG.16 LDG.32 STG.16 STG.32"),
     # The ladder of attention, step 2: 16 bytes at once, and no tensor cores yet.
     Expectation(
         r"tiled_kernel<\w+, \d+>", has="LDG.128 STG.128", lacks="LDG.16 LDG.32 STG.16 HMMA"

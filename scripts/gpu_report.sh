@@ -196,7 +196,9 @@ stage_conformance() {
     run_pytest 60 "collect" tests/gpu -m conformance --collect-only -q || true
     return
   fi
-  run_pytest 300 "conformance" tests/gpu -m conformance -q --junitxml="$out/conformance.xml" || true
+  run_pytest 200 "conformance" tests/gpu -m conformance -q --junitxml="$out/conformance.xml" || true
+  run_pytest 150 "attention" tests/kernels/test_flash_attention_kernels.py -k "cuda or combination" -q \
+    --junitxml="$out/attention.xml" || true
 }
 
 # The device primitives check themselves in a program of their own; their raw outputs are kept, for

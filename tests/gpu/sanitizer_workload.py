@@ -14,6 +14,8 @@ import sys
 import torch
 
 from almostgpt import kernels
+from almostgpt.kernels.attention_ladder import STEPS
+from almostgpt.kernels.attention_ladder import attention_ladder as ladder
 
 
 def rms_norm() -> int:
@@ -43,8 +45,42 @@ def rms_norm() -> int:
     return 4 * len(shapes) * len(dtypes)
 
 
+def flash_attention() -> int:
+    shapes = [(1, 1), (113, 203), (239, 1), (203, 113), (300, 300)]
+    widths, dtypes = [40, 64, 128, 256], [torch.bfloat16, torch.float16]
+    for (Tq, Tk), D, dtype in itertools.product(shapes, widths, dtypes):
+        q, dout = (torch.randn(2, 4, Tq, D).to(dtype).cuda() for _ in range(2))
+        k, v = (torch.randn(2, 2, Tk, D).to(dtype).cuda() for _ in range(2))
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        per_head = torch.rand(4).cuda()
+        bent = {"softcap": 5.0, "alibi_slopes": per_head, "sink_logits": per_head}
+        for deterministic, options in itertools.product((False, True), ({}, bent)):
+            out = kernels.flash_attention(
+                *leaves, causal=True, window=(70, -1), deterministic=deterministic, **options
+            )
+            torch.autograd.grad(out, leaves, dout)
+        if Tq == Tk:
+            borders = torch.tensor([0, 5, Tq // 2, Tq, Tq], dtype=torch.int32).cuda()
+            if Tq > 5:
+                one = [t[:1] for t in leaves]
+                out = kernels.flash_attention(*one, causal=True, cu_seqlens=borders)
+                torch.autograd.grad(out, leaves, dout[:1])
+    return 4 * len(shapes) * len(widths) * len(dtypes)
+
+
+def attention_ladder() -> int:
+    q, k, v = (torch.randn(2, 3, 113, 64).bfloat16().cuda() for _ in range(3))
+    for step in STEPS:
+        ladder(step, q, k, v, causal=True)
+    return len(STEPS)
+
+
 # An op without a CUDA kernel of ours has nothing to watch.
-WORKLOADS = {"rms_norm": rms_norm}
+WORKLOADS = {
+    "rms_norm": rms_norm,
+    "flash_attention": flash_attention,
+    "attention_ladder": attention_ladder,
+}
 
 
 def main() -> int:
@@ -54,7 +90,7 @@ def main() -> int:
     for name, workload in WORKLOADS.items():
         cases = workload()
         torch.cuda.synchronize()
-        print(f"{name}: {cases} cases, forward and backward")
+        print(f"{name}: {cases} cases")
     return 0
 
 
