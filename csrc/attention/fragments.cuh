@@ -69,8 +69,9 @@ DEVICE void store_fragments(const Tile& tile, const float (&sums)[row_tiles][col
 template <int threads, int count, class Tile, class T>
 DEVICE void write_rows(const Tile& tile, int first, Global<T> to, int64_t stride, int rows, int columns, int thread) {
   constexpr int chunks = Tile::columns / 8;
-  UNROLL for (int i = thread; i < count * chunks; i += threads) {
-    const int row = first + i / chunks, chunk = i % chunks;
+  static_assert(count * chunks % threads == 0);
+  UNROLL for (int i = 0; i < count * chunks / threads; ++i) {
+    const int at = thread + i * threads, row = first + at / chunks, chunk = at % chunks;
     if (row < rows && chunk * 8 < columns)
       store_global_as<u32x4>(to + (row * stride + chunk * 8), load_shared<u32x4>(tile.at(row, chunk)));
   }

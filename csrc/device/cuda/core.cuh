@@ -185,11 +185,18 @@ template <Cache cache = Cache::normal, class T> DEVICE std::remove_const_t<T> lo
 template <class V, Cache cache = Cache::normal, class T> DEVICE void store_global_as(Global<T> to, V value) {
   static_assert(cache != Cache::read_only);
   using Raw = typename detail::Raw<sizeof(V)>::type;
-  Raw* address = reinterpret_cast<Raw*>(detail::address_of(to));
   Raw raw;
   memcpy(&raw, &value, sizeof(V));
-  if constexpr (cache == Cache::normal) *address = raw;
-  else __stcs(address, raw);
+  if constexpr (cache != Cache::normal) {
+    __stcs(reinterpret_cast<Raw*>(detail::address_of(to)), raw);
+  } else if constexpr (sizeof(V) == 16) {
+    // As one number: of a struct's assignment nvcc 13.0 makes four stores in some kernels.
+    unsigned __int128 number;
+    memcpy(&number, &value, 16);
+    *reinterpret_cast<unsigned __int128*>(detail::address_of(to)) = number;
+  } else {
+    *reinterpret_cast<Raw*>(detail::address_of(to)) = raw;
+  }
 }
 template <Cache cache = Cache::normal, class T> DEVICE void store_global(Global<T> to, T value) {
   store_global_as<T, cache>(to, value);
