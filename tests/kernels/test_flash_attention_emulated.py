@@ -25,11 +25,11 @@ def bits(tensors) -> tuple[bytes, ...]:
 @pytest.mark.parametrize("card", CARDS, ids=str)
 def test_the_same_bits_whatever_the_order(card, D):
     """Forward and the ordered backward: over schedules of threads and blocks, and of copies."""
-    inputs = make(150, 150, H=2, Hkv=1, D=D, dtype=torch.bfloat16)
-    options = {"causal": True, "sink_logits": sinks(2)}
+    inputs = make(140, 140, H=2 if D == 64 else 1, Hkv=1, D=D, dtype=torch.bfloat16)
+    options = {"causal": True, "sink_logits": sinks(inputs.q.shape[1])}
     ordered, fast = set(), []
     for asynchrony in ("late", "early", "random"):
-        for seed in range(3):
+        for seed in range(2):
             with emulator.settings(seed=seed, asynchrony=asynchrony, multiprocessors=2):
                 ordered.add(bits(with_gradients(attend_on(card, True), inputs, **options).values()))
                 if asynchrony == "random":
@@ -81,8 +81,7 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal, deterministic", [(False, True), (True, False)])
 @pytest.mark.parametrize("card, D", TILES, ids=str)
 def test_bytes_are_those_of_the_tiles_that_are_seen(card, D, causal, deterministic):
     T, H, Hkv, size = 256, 2, 1, 2
@@ -229,24 +228,27 @@ def training_losses(text: bytes, steps: int, *, packed: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_twenty_training_steps_agree_with_the_reference(packed):
+def test_training_steps_agree_with_the_reference(packed):
     text = (Path(__file__).read_text() * 3).encode("ascii", "ignore")
-    compare_training(text, packed)
+    compare_training(text, steps=10, packed=packed)
 
 
 def test_twenty_training_steps_on_shakespeare(test_data):
-    compare_training((test_data / "tinyshakespeare.txt").read_bytes()[:100_000], packed=False)
+    text = (test_data / "tinyshakespeare.txt").read_bytes()[:100_000]
+    compare_training(text, steps=20, packed=False)
 
 
-def compare_training(text: bytes, packed: bool) -> None:
+def compare_training(text: bytes, steps: int, packed: bool) -> None:
     with kernels.use_backend("reference"):
-        reference = training_losses(text, 20, packed=packed)
+        reference = training_losses(text, steps, packed=packed)
     emulator.reset_statistics()
     with kernels.use_backend("emulator"):  # every op of the model, as ALMOSTGPT_BACKEND=emulator
-        ours = training_losses(text, 20, packed=packed)
+        ours = training_losses(text, steps, packed=packed)
     launches = {k.split("<")[0]: 0 for k in emulator.statistics()["kernels"]}
     for name, kernel in emulator.statistics()["kernels"].items():
         launches[name.split("<")[0]] += kernel["launches"]
-    assert launches["attention_forward_kernel"] == launches["attention_backward_kernel"] == 40
+    assert (
+        launches["attention_forward_kernel"] == launches["attention_backward_kernel"] == 2 * steps
+    )
     assert max(abs(a - b) for a, b in zip(ours, reference, strict=True)) <= 0.02
     assert ours[-1] < ours[0] - 0.5

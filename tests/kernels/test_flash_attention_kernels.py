@@ -49,12 +49,12 @@ def check(backend, Tq, Tk, *, deterministic=False, options=None, **shape):
     assert_close_to_float64(attend_on(backend, deterministic), inputs, **options)
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("Tq, Tk", [(1, 1), (113, 203), (239, 1), (1, 239), (128, 64), (203, 113)])
-def test_odd_shapes(backend, Tq, Tk, D, causal):
-    dtype = DTYPES[(Tq + D) % 2]
-    check(backend, Tq, Tk, D=D, dtype=dtype, options={"causal": causal})
+def test_odd_shapes(backend, Tq, Tk, D):
+    for causal in (False, True):
+        dtype = DTYPES[(Tq + causal) % 2]
+        check(backend, Tq, Tk, H=1, D=D, dtype=dtype, options={"causal": causal})
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_head_dims_are_padded(D):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_grouped_queries(backend, group, deterministic):
     check(
-        backend, 100, 140, B=2, H=8, Hkv=8 // group, dtype=torch.bfloat16,
+        backend, 70, 140, H=8, Hkv=8 // group, dtype=torch.bfloat16,
         deterministic=deterministic, options={"causal": True},
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def drawn_options(draw, Tq, Tk, H):
     return options
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_options_in_any_combination(data):
     Tq = data.draw(st.integers(1, 270))
