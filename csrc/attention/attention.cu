@@ -23,6 +23,12 @@ int plan_backward(const AttentionShape& shape, bool deterministic, const Card& c
       plan->width = Tile::head_dim;
       plan->padded_rows = (shape.queries + kRowBlock - 1) / kRowBlock * kRowBlock;
       plan->tile_queries = Tile::queries, plan->tile_keys = Tile::keys;
+      // Enough blocks for all multiprocessors, as far as there are heads.
+      const int64_t slots = int64_t{card.multiprocessors} * Tile::blocks, sharing = shape.heads / shape.kv_heads;
+      const int64_t blocks = int64_t{shape.batch} * shape.kv_heads * ((shape.keys + Tile::keys - 1) / Tile::keys);
+      plan->key_parts = 1;
+      for (int parts = 1; parts <= sharing && blocks * plan->key_parts < slots; ++parts)
+        if (sharing % parts == 0) plan->key_parts = parts;
       // In order nothing is atomic; otherwise sums of four floats at once begin with sm_90.
       plan->dq_order = {deterministic || card.major >= 9};
       return 0;
@@ -49,15 +55,17 @@ int attention_workspace(const AttentionInputs& inputs, bool deterministic, Atten
   sizes->dq = sizes->rows * plan.width;
   sizes->sinks = inputs.options.sink_logits ? sizes->rows / kRowBlock : 0;
   sizes->turns = deterministic ? 1 + sizes->rows / plan.tile_queries : 0;
+  sizes->key_parts = plan.key_parts;
   return 0;
 }
 
 int attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
-                       const AttentionScratch& scratch, void* stream) {
+                       const AttentionScratch& scratch, int key_parts, void* stream) {
   Card card;
   BackwardPlan plan;
   if (const int error = current_card(card)) return error;
   if (const int error = plan_backward(inputs.shape, gradients.deterministic, card, &plan)) return error;
+  plan.key_parts = key_parts;
   if (const int error = attention_prepare_backward(inputs, gradients, scratch, plan, stream)) return error;
   const int error = with_width(inputs.shape.head_dim, [&](auto width) {
     return attention_backward_sm80<width()>(inputs, gradients, scratch, plan, card, stream);

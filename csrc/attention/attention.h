@@ -58,17 +58,21 @@ struct AttentionGradients {
   ConstHeads out, dout;
   const float* lse;
   const float* dlse;  // or null
-  Heads dq, dk, dv;   // like q, k, v
+  Heads dq;           // like q
+  Heads dk, dv;       // like k and v, but with key_parts heads for each of theirs, which are to be summed
   float* dsink;       // (heads,), or null without sinks
   bool deterministic;
 };
 
-// The sizes of what the backward kernels write for each other, in elements.
+// What the backward kernels write for each other, in elements.
 struct AttentionWorkspace {
   int64_t rows;    // float32, twice: one value for each query of each head, padded
   int64_t dq;      // float32
   int64_t sinks;   // float32; 0 without sinks
   int64_t turns;   // int32; 0 unless deterministic
+  // The query heads of a key head are shared among so many blocks, each with gradients of its own: more
+  // than one where a card would have multiprocessors left over.
+  int key_parts;
 };
 int attention_workspace(const AttentionInputs& inputs, bool deterministic, AttentionWorkspace* sizes);
 
@@ -77,6 +81,6 @@ struct AttentionScratch {
   int32_t* turns;
 };
 int attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
-                       const AttentionScratch& scratch, void* stream);
+                       const AttentionScratch& scratch, int key_parts, void* stream);
 
 }  // namespace almostgpt

@@ -20,6 +20,7 @@ struct BackwardPlan {
   int width;        // of the tiles: head_dim and what it is padded to
   int padded_rows;  // queries, padded to a multiple of kRowBlock
   int tile_queries, tile_keys;
+  int key_parts;  // blocks that share a key head's query heads
   DqOrder dq_order;
 };
 
@@ -37,7 +38,7 @@ struct BackwardArgs {
   Mask mask;
   ScoreArgs scores;
   Schedule schedule;
-  int heads, kv_heads, sharing, head_dim;
+  int heads, kv_heads, key_parts, head_dim;
 
   DEVICE int64_t row_of(int batch, int head) const { return (int64_t{batch} * heads + head) * padded_rows; }
   template <class Tile>

@@ -3,7 +3,7 @@
 //   P = exp(S - lse)   dV = P^T dO   dP = dO V^T   dS = P (dP - delta)   dK = dS^T Q   dQ = dS K
 //
 // A block has a tile of one head's keys and values, and holds their gradients in registers. The queries
-// of all heads that read them pass by in tiles. Scores are computed transposed, keys by queries: then P^T
+// of the heads that read them pass by in tiles. Scores are computed transposed, keys by queries: then P^T
 // and dS^T, as the tensor cores leave them in registers, are the left operands of the next products.
 // Only dS goes through shared memory, since dQ is a sum over keys, which are in different warps, and,
 // through global memory, in different blocks.
@@ -84,7 +84,9 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   int block = block_x();
   if (a.turns) block = next_ticket(a.turns, seen.memory);
   const Schedule::Work work = a.schedule.work(block);
-  const int batch = work.head / a.kv_heads, kv_head = work.head % a.kv_heads;
+  // A part of the query heads that read a key head; dk and dv have a head for each part.
+  const int parts = a.kv_heads * a.key_parts, batch = work.head / parts, part = work.head % parts;
+  const int kv_head = part / a.key_parts, heads = a.heads / parts;
   const int first_key = work.tile * Tile::keys, last_key = min(first_key + Tile::keys, keys) - 1;
 
   copy_async<Tile::threads>(k_tile, a.k.rows(batch, kv_head, keys, a.head_dim).from(first_key));
@@ -100,7 +102,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
 
   // Tiles of queries pass by of one head after the other, the last queries first: so, in order, a tile of
   // queries is begun by the block that may add to it first.
-  const int last_tile = first_tile + tiles - 1, end_head = (kv_head + (tiles > 0)) * a.sharing;
+  const int last_tile = first_tile + tiles - 1, end_head = (part + (tiles > 0)) * heads;
   struct Step { int head, tile; };
   const auto after = [&](Step step) {
     return step.tile > first_tile ? Step{step.head, step.tile - 1} : Step{step.head + 1, last_tile};
@@ -125,7 +127,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   const int warp_column = warp_id() % Tile::depth_parts * Tile::columns;
   float dk[row_tiles][column_tiles][4] = {}, dv[row_tiles][column_tiles][4] = {};
 
-  Step step{kv_head * a.sharing, last_tile};
+  Step step{part * heads, last_tile};
   if (step.head < end_head) fetch(step, 0);
   UNROLL_BY(1)
   for (; step.head < end_head; step = after(step)) {
@@ -225,7 +227,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
   store_fragments<T>(v_tile, dv, warp_row, warp_column);
   cta_sync();
   const auto write = [&](const auto& tile, const HeadsOf<T>& to) {
-    write_rows<Tile::threads, Tile::keys>(tile, 0, to.head(batch, kv_head) + first_key * to.strides.row, to.strides.row,
+    write_rows<Tile::threads, Tile::keys>(tile, 0, to.head(batch, part) + first_key * to.strides.row, to.strides.row,
                                           last_key - first_key + 1, a.head_dim, thread_id());
   };
   write(k_tile, a.dk);
@@ -252,8 +254,9 @@ int attention_backward_sm80(const AttentionInputs& inputs, const AttentionGradie
       args.turns = Global<int32_t>(gradients.deterministic ? scratch.turns : nullptr);
       args.mask = make_mask(shape, inputs.options);
       args.scores = make_scores(inputs.options);
-      args.schedule = make_schedule(shape, shape.keys, Tile::keys, shape.batch * shape.kv_heads, 1);
-      args.heads = shape.heads, args.kv_heads = shape.kv_heads, args.sharing = shape.heads / shape.kv_heads;
+      args.schedule = make_schedule(shape, shape.keys, Tile::keys, shape.batch * shape.kv_heads * plan.key_parts,
+                                    plan.key_parts);
+      args.heads = shape.heads, args.kv_heads = shape.kv_heads, args.key_parts = plan.key_parts;
       args.head_dim = shape.head_dim;
       const LaunchShape launch_shape{{args.schedule.blocks()}, Tile::threads, Tile::shared_bytes};
       return launch<attention_backward_kernel<T, Tile, Score>>(launch_shape, stream, args);

@@ -62,8 +62,17 @@ Heads output(Context& context, const char* name, const Tensor& tensor) {
 }
 
 // Shaped as `like`, (B, H, T, D), and (B, T, H, D) in memory: what a projection over all heads reads.
-Tensor new_heads(const Tensor& like) {
-  return transpose(new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+// With `parts` heads for each of its heads.
+Tensor new_heads(const Tensor& like, int64_t parts = 1) {
+  return transpose(new_empty(like, {like.size(0), like.size(2), like.size(1) * parts, like.size(3)}), 1, 2);
+}
+// The sums of the parts, in float32 before they are rounded.
+Tensor summed(const Tensor& heads, int64_t parts) {
+  if (parts == 1) return heads;
+  const Tensor in_memory = transpose(heads, 1, 2);
+  const int64_t B = in_memory.size(0), T = in_memory.size(1), H = in_memory.size(2) / parts, D = in_memory.size(3);
+  const Tensor apart = torch::stable::view(in_memory, {B, T, H, parts, D});
+  return transpose(torch::stable::sum(apart, std::vector<int64_t>{3}, false), 1, 2);
 }
 Tensor zero_heads(const Tensor& like) {
   return transpose(new_zeros(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
@@ -157,12 +166,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       dsink = torch::stable::sum(*dlse, std::vector<int64_t>{0, 2}, false);
     return {zero_heads(q), zero_heads(k), zero_heads(v), dsink};
   }
-  Tensor dq = new_heads(q), dk = new_heads(k), dv = new_heads(v);
   Tensor dsink = new_empty(q, {options.sink_logits ? shape.heads : 0}, ScalarType::Float);
 
   const AttentionInputs inputs = inputs_of(context, shape, options, q, k, v);
   AttentionWorkspace sizes{};
   context.check(attention_workspace(inputs, deterministic, &sizes));
+  Tensor dq = new_heads(q), dk = new_heads(k, sizes.key_parts), dv = new_heads(v, sizes.key_parts);
   const auto scratch_tensor = [&](int64_t size, ScalarType type = ScalarType::Float) { return new_empty(q, {size}, type); };
   Tensor lse2 = scratch_tensor(sizes.rows), delta = scratch_tensor(sizes.rows), dq_sums = scratch_tensor(sizes.dq);
   Tensor sinks = scratch_tensor(sizes.sinks), turns = scratch_tensor(sizes.turns, ScalarType::Int);
@@ -180,8 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                                  context.output<float>("dq sums", dq_sums),
                                  sizes.sinks ? context.output<float>("sinks", sinks) : nullptr,
                                  sizes.turns ? context.output<int32_t>("turns", turns) : nullptr};
-  context.check(attention_backward(inputs, gradients, scratch, context.stream()));
-  return {dq, dk, dv, dsink};
+  context.check(attention_backward(inputs, gradients, scratch, sizes.key_parts, context.stream()));
+  return {dq, summed(dk, sizes.key_parts), summed(dv, sizes.key_parts), dsink};
 }
 
 }  // namespace

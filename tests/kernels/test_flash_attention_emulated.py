@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_kernels import CARDS, attend_on
-from attention_truth import make, sinks, slopes, with_gradients
+from attention_truth import assert_close_to_float64, make, sinks, slopes, with_gradients
 from torch.library import opcheck
 
 from almostgpt import GPT, GPTConfig, kernels
@@ -88,7 +88,8 @@ def test_bytes_are_those_of_the_tiles_that_are_seen(card, D, causal, determinist
     inputs = make(T, T, H=H, Hkv=Hkv, D=D, dtype=torch.bfloat16, with_dlse=False)
     inputs = inputs._replace(q=inputs.q.contiguous(), k=inputs.k.clone(), v=inputs.v.clone())
     emulator.reset_statistics()
-    with_gradients(attend_on(card, deterministic), inputs, causal=causal)
+    with emulator.settings(multiprocessors=1):  # one block takes all heads that read its keys
+        with_gradients(attend_on(card, deterministic), inputs, causal=causal)
     statistics = emulator.statistics()
     (rows, columns), (keys, queries) = TILES[card, D]
 
@@ -147,6 +148,22 @@ def test_a_window_costs_what_it_keeps():
     borders = torch.arange(0, T + 1, 128, dtype=torch.int32)
     assert key_bytes(cu_seqlens=borders) == 8 * 2 * tile
     assert key_bytes() == sum(2 * (i + 1) for i in range(8)) * tile
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_heads_of_a_key_are_shared_among_multiprocessors_that_have_nothing_else(deterministic):
+    inputs = make(200, 200, H=8, Hkv=1, dtype=torch.bfloat16)
+    tiles, attend = 2, attend_on((9, 0), deterministic)
+    for multiprocessors, parts in ((1, 1), (2, 2), (4, 4), (100, 8)):
+        emulator.reset_statistics()
+        with emulator.settings(multiprocessors=multiprocessors, seed=1):
+            assert_close_to_float64(attend, inputs, causal=True)
+        (backward,) = (
+            kernel
+            for name, kernel in emulator.statistics()["kernels"].items()
+            if name.startswith("attention_backward")
+        )
+        assert backward["blocks"] == tiles * parts
 
 
 # --- every synchronisation -----------------------------------------------------------------------------
