@@ -107,7 +107,7 @@ KERNEL LAUNCH_BOUNDS(kRowThreads, 4) finish_kernel(GRID_CONSTANT const FinishArg
     UNROLL for (int part = 0; part < 4; ++part) {
       // The four elements of a lane, or one element of four lanes.
       const auto at = a.order.vectors ? a.order.at(lane + part, 0) : a.order.at(lane, part);
-      const f32x4 found = load_global_as<f32x4, Cache::streaming>(fragment + at);
+      const f32x4 found = load_global_as<f32x4, Cache::read_only>(fragment + at);
       const float four[4] = {found.x, found.y, found.z, found.w};
       UNROLL for (int k = 0; k < 4; ++k) {
         if (a.order.vectors) values[k / 2][2 * part + k % 2] = four[k] * a.scale;

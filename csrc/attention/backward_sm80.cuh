@@ -254,8 +254,10 @@ int attention_backward_sm80(const AttentionInputs& inputs, const AttentionGradie
       args.turns = Global<int32_t>(gradients.deterministic ? scratch.turns : nullptr);
       args.mask = make_mask(shape, inputs.options);
       args.scores = make_scores(inputs.options);
-      args.schedule = make_schedule(shape, shape.keys, Tile::keys, shape.batch * shape.kv_heads * plan.key_parts,
-                                    plan.key_parts);
+      // What passes by every tile of keys: queries, dO and, in float32, dQ.
+      const int all_parts = shape.batch * shape.kv_heads * plan.key_parts;
+      const int64_t bytes = int64_t{8} * (shape.batch * shape.heads / all_parts) * shape.queries * shape.head_dim;
+      args.schedule = make_schedule(shape.keys, Tile::keys, all_parts, 1, bytes);
       args.heads = shape.heads, args.kv_heads = shape.kv_heads, args.key_parts = plan.key_parts;
       args.head_dim = shape.head_dim;
       const LaunchShape launch_shape{{args.schedule.blocks()}, Tile::threads, Tile::shared_bytes};

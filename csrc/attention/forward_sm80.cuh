@@ -146,10 +146,11 @@ int attention_forward_sm80(const AttentionInputs& inputs, Heads out, float* lse,
       using T = decltype(type);
       using Score = std::remove_pointer_t<decltype(score)>;
       const int sharing = shape.heads / shape.kv_heads;
+      const int64_t pair_bytes = int64_t{4} * shape.keys * shape.head_dim;  // of keys and values
       const ForwardArgs<T> args{heads_of<T>(inputs.q), heads_of<T>(inputs.k), heads_of<T>(inputs.v), heads_of<T>(out),
                                 Global<float>(lse), make_mask(shape, inputs.options), make_scores(inputs.options),
                                 Global<const float>(inputs.options.sink_logits),
-                                make_schedule(shape, shape.queries, Tile::queries, shape.batch * shape.heads, sharing),
+                                make_schedule(shape.queries, Tile::queries, shape.batch * shape.heads, sharing, pair_bytes),
                                 shape.heads, sharing, shape.head_dim};
       const LaunchShape launch_shape{{args.schedule.blocks()}, Tile::threads,
                                      Tile::shared_bytes};

@@ -34,8 +34,8 @@ HeadsOf<T> heads_of(const Heads& heads) {
   return {Global<T>(static_cast<T*>(heads.data)), heads.strides};
 }
 
-// The tiles of all heads, in the order in which blocks begin: heads in groups whose keys and values
-// stay in the L2 cache together, and in a group the heaviest tiles of a causal mask before the light
+// The tiles of all heads, in the order in which blocks begin: heads in groups, of which what all their tiles
+// read stays in the L2 cache, and in a group the heaviest tiles of a causal mask before the light
 // ones, so that at the end no block has much left to do alone.
 struct Schedule {
   int tiles;        // of a head
@@ -51,14 +51,13 @@ struct Schedule {
   unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads); }
 };
 
-// Half of the L2 cache of an H100 or an A100; what passes through it meanwhile has the other half.
+// Half of the L2 cache of an A100; what passes through it meanwhile has the other half.
 constexpr int64_t kGroupBytes = 20 << 20;
 
-// `sharing` heads read the same keys and values.
-inline Schedule make_schedule(const AttentionShape& shape, int tokens, int tile, int heads, int sharing) {
-  const int64_t pair_bytes = int64_t{4} * shape.keys * shape.head_dim;
-  const int64_t pairs = kGroupBytes / (pair_bytes + 1), all = heads / sharing;
-  const int64_t group = pairs < 1 ? 1 : pairs < all ? pairs : all;
+// `sharing` heads read the same `bytes`, again and again.
+inline Schedule make_schedule(int tokens, int tile, int heads, int sharing, int64_t bytes) {
+  const int64_t fit = kGroupBytes / (bytes + 1), all = heads / sharing;
+  const int64_t group = fit < 1 ? 1 : fit < all ? fit : all;
   return {(tokens + tile - 1) / tile, heads, static_cast<int>(group) * sharing};
 }
 

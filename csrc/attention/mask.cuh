@@ -37,17 +37,18 @@ struct Mask {
   }
 
  private:
-  // By bisection, cu_seqlens[low] <= token < cu_seqlens[high]. Whatever cu_seqlens holds, nothing
-  // outside of the sequence comes of it.
+  // By bisection. Every token of the range that is left takes the same way, so that documents are apart
+  // from each other and in order even where cu_seqlens is not: nothing waits for ever, and nothing beyond
+  // the sequence is touched.
   DEVICE Range document_of(int token) const {
+    Range document{0, keys};
     int low = 0, high = documents;
     while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (load_global<Cache::read_only>(cu_seqlens + middle) <= token) low = middle;
-      else high = middle;
+      const int middle = (low + high) / 2, border = load_global<Cache::read_only>(cu_seqlens + middle);
+      if (border <= token) low = middle, document.begin = max(document.begin, border);
+      else high = middle, document.end = min(document.end, border);
     }
-    return {max(0, load_global<Cache::read_only>(cu_seqlens + low)),
-            min(keys, load_global<Cache::read_only>(cu_seqlens + high))};
+    return document;
   }
 };
 

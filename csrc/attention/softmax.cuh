@@ -37,8 +37,8 @@ struct OnlineSoftmax {
         float top = kMinusInfinity;  // of this lane's columns
         UNROLL for (int c = 0; c < column_tiles; ++c)
           top = max(top, max(scores[r][c][2 * half], scores[r][c][2 * half + 1]));
-        if (ballot((top - base[r][half]) * factor > kSlack)) {
-          const float shrink = move(base[r][half], top, factor);
+        if (const uint32_t moving = ballot((top - base[r][half]) * factor > kSlack)) {
+          const float shrink = move(base[r][half], top, factor, moving);
           sum[r][half] *= shrink;
           UNROLL for (int c = 0; c < out_tiles; ++c)
             UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[r][c][e] *= shrink;
@@ -68,13 +68,15 @@ struct OnlineSoftmax {
   }
 
  private:
-  // To the row's largest score so far; what the sums so far are to be multiplied by.
-  DEVICE static float move(float& base, float top, float factor) {
+  // To the row's largest score so far, where one of its four lanes is in `moving`: no row depends on what
+  // others see. What the sums so far are to be multiplied by.
+  DEVICE static float move(float& base, float top, float factor, uint32_t moving) {
     top = max(top, shfl_xor(top, 1));
     top = max(top, shfl_xor(top, 2));
+    if ((moving >> (lane_id() & ~3) & 0xf) == 0) return 1.0f;
     const float old = base;
-    base = max(old, top);
-    return old == base ? 1.0f : exp2_approx((old - base) * factor);
+    base = top;
+    return exp2_approx((old - base) * factor);
   }
 };
 

@@ -28,14 +28,14 @@ struct ForwardTile {
   static constexpr uint32_t shared_bytes = query_bytes + 4 * key_bytes + range_bytes;
 };
 
-// Calls f with the tile. 49 KiB and 65 KiB: two blocks on a multiprocessor wherever it has 163 KiB. Tiles
-// of 64 keys at 128 columns spilled registers.
+// Calls f with the tile. 49 KiB and 65 KiB: two blocks on a multiprocessor wherever it has 163 KiB, tiles
+// of 64 keys at 128 columns spilled registers. Of 99 KiB a single block has all, with twice the warps.
 template <int head_dim, class F>
 constexpr int with_forward_tile(int shared_bytes, F f) {
   if constexpr (head_dim == 64) {
     return f(ForwardTile<64, 128, 64, 4>());
   } else if constexpr (head_dim == 128) {
-    return f(ForwardTile<128, 128, 32, 4>());
+    return shared_bytes >= 131 * kKiB ? f(ForwardTile<128, 128, 32, 4>()) : f(ForwardTile<128, 128, 64, 8>());
   } else {
     static_assert(head_dim == 256);
     return shared_bytes >= 129 * kKiB ? f(ForwardTile<256, 128, 32, 8>()) : f(ForwardTile<256, 64, 32, 4>());
