@@ -88,7 +88,7 @@ def flash_attention(
         cu_seqlens: (n + 1,) int32: token t belongs to document i if cu_seqlens[i] ≤ t <
             cu_seqlens[i + 1], and sees no other. Then B is 1, Tq = Tk = T; it starts with 0, never
             decreases and ends with T, which it may repeat. Values are checked on the CPU.
-        deterministic: the same bits in every backward, which may be slower.
+        deterministic: the same bits in every backward on a card, which may be slower.
         return_lse: give lse too.
 
     Returns:
@@ -369,6 +369,8 @@ def _refuse_card(card, q, k, v, **options) -> str | None:
         return f"the CUDA kernels compute in bfloat16 and float16, not {q.dtype}"
     if q.shape[3] > 256:
         return f"the CUDA kernels take heads up to 256 wide, not {q.shape[3]}"
+    if options.get("softcap", 0.0) > 1000:  # their tanh is off by 1e-7, and so such a score by 1e-4
+        return "the CUDA kernels take softcaps up to 1000; one so large bends no score"
     return None
 
 

@@ -14,7 +14,7 @@ namespace almostgpt {
 
 struct AttentionShape {
   int batch, heads, kv_heads;  // heads is a multiple of kv_heads: query head h reads h / (heads / kv_heads)
-  int queries, keys;           // tokens, each at least 1 and below 2^29
+  int queries, keys;           // tokens, below 2^29; in backward at least 1 of each
   int head_dim;
   DType dtype;  // bfloat16 or float16
 };

@@ -142,9 +142,14 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
     for (int pass = 0; pass < Tile::queries; pass += Tile::pass) {
       // Of a lane's fragments: rows are keys, lane / 4 and 8 more; columns queries, 2 (lane % 4) and the next.
       const int row = warp_row + lane / 4, column = pass + 2 * (lane % 4);
+      // This lane's place in dS: a chunk of eight queries is an exclusive or away.
+      using STile = typename BackwardMemory<Tile>::STile;
+      static_assert(Tile::queries / 8 == STile::chunks);
+      const LaneCursor<STile> ds_at(ds_tile, warp_row, 0, lane / 4, 0);
+      const uint32_t ds_lane = (ds_at.lane | lane % 4 * 4) ^ pass * 2;
       const auto keep_ds = [&](int r, int c, int half, uint32_t pair) {
         if (warp_column == 0)
-          store_shared<uint32_t>(ds_tile.at(row + 16 * r + 8 * half, pass / 8 + c) + lane % 4 * 4, pair);
+          store_shared<uint32_t>(ds_at.base + (16 * r + 8 * half) * STile::line + (ds_lane ^ c * 16), pair);
       };
       const Range first_seen = seen[warp_row], last_seen = seen[warp_row + warp_rows - 1];
       const int first = query + pass, end = first + Tile::pass;

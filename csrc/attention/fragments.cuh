@@ -25,12 +25,16 @@ template <class T, int row_tiles, int column_tiles, class TileA, class TileB>
 DEVICE void multiply(float (&sums)[row_tiles][column_tiles][4], const LaneCursor<TileA>& a, const LaneCursor<TileB>& b) {
   static_assert(TileA::columns == TileB::columns && column_tiles % 2 == 0);
   UNROLL_BY(1)  // unrolled over all panels, the backward kernels spill registers
-  for (int panel = 0; panel < TileA::columns / 8; panel += TileA::chunks)
-    UNROLL for (int chunk = panel; chunk < panel + TileA::chunks; chunk += 2) {
+  for (int panel = 0; panel < TileA::columns / (8 * TileA::chunks); ++panel) {
+    LaneCursor<TileA> a_panel = a;
+    LaneCursor<TileB> b_panel = b;
+    a_panel.base += panel * (TileA::rows * TileA::line), b_panel.base += panel * (TileB::rows * TileB::line);
+    UNROLL for (int chunk = 0; chunk < TileA::chunks; chunk += 2) {
       uint32_t left[row_tiles][4];
-      UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(left[r], a.at(16 * r, chunk));
-      multiply_columns<T>(sums, left, b, chunk);
+      UNROLL for (int r = 0; r < row_tiles; ++r) ldmatrix_x4(left[r], a_panel.at(16 * r, chunk));
+      multiply_columns<T>(sums, left, b_panel, chunk);
     }
+  }
 }
 
 // sums[r][d] += A B for 16 rows of B, from its row `row` on, and the columns from chunk `chunk` on; `b` is
@@ -57,10 +61,12 @@ template <class T> DEVICE void pack_fragment(uint32_t (&left)[4], int part, floa
 // A warp's sums, rounded to T, into a tile; the warp_sync or barrier before they are read is the caller's.
 template <class T, int row_tiles, int column_tiles, class Tile>
 DEVICE void store_fragments(const Tile& tile, const float (&sums)[row_tiles][column_tiles][4], int row, int column) {
+  const LaneCursor<Tile> to(tile, row, column, lane_id() / 4, 0);
+  const uint32_t pair = lane_id() % 4 * 4;
   UNROLL for (int r = 0; r < row_tiles; ++r)
     UNROLL for (int half = 0; half < 2; ++half)
       UNROLL for (int d = 0; d < column_tiles; ++d)
-        store_shared<uint32_t>(tile.at(row + 16 * r + 8 * half + lane_id() / 4, column / 8 + d) + lane_id() % 4 * 4,
+        store_shared<uint32_t>(to.at(16 * r + 8 * half, d) + pair,
                                pair_of(T(), sums[r][d][2 * half], sums[r][d][2 * half + 1]));
 }
 

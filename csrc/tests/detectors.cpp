@@ -273,6 +273,11 @@ KERNEL write_after_read_only(const Args args) {
   load_global<Cache::streaming>(args.state + thread_id());
   store_global(args.state + thread_id() + (args.right ? 32 : 0), 1.f);
 }
+KERNEL misaligned_copy_of_nothing(const Args args) {
+  cp_async16(shared_base() + 16 * thread_id(), args.input + (args.right ? 4 : 2), false);
+  cp_async_commit();
+  cp_async_wait<0>();
+}
 KERNEL misaligned_sum(const Args args) { reduce_add_f32x4(args.state + (args.right ? 4 : 2), f32x4{1, 2, 3, 4}); }
 
 // --- between blocks -----------------------------------------------------------------------------------------------
@@ -815,6 +820,7 @@ void memory_of_blocks() {
   twins<global_write_after_read>("global write-after-read", "race", two_warps);
   twins<read_only_after_write>("read-only load of what was written", "read-only");
   twins<write_after_read_only>("write of what was read as read-only", "read-only");
+  twins<misaligned_copy_of_nothing>("cp.async of nothing at a multiple of 8", "misaligned");
   twins<misaligned_sum>("sum of four floats at a multiple of 8", "misaligned");
 }
 

@@ -12,6 +12,7 @@
 namespace almostgpt::binding {
 namespace {
 
+using torch::stable::clone;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
@@ -49,10 +50,16 @@ Tensor readable(const Tensor& tensor) {
   in_place = in_place && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t d = 0; d < 3; ++d) in_place = in_place && (tensor.stride(d) % 8 == 0 || tensor.size(d) == 1);
   in_place = in_place && (tensor.stride(2) < kMaxRowStride || tensor.size(2) == 1);
-  return in_place ? tensor : contiguous(tensor);
+  if (in_place) return tensor;
+  const Tensor copy = contiguous(tensor);  // or the tensor itself, where it is contiguous but begins anywhere
+  return copy.const_data_ptr() == tensor.const_data_ptr() ? clone(copy) : copy;
 }
 
-HeadStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+// Of a dimension of 1 nothing: its stride may be any number, odd or beyond 32 bits.
+HeadStrides strides_of(const Tensor& tensor) {
+  const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); };
+  return {stride(0), stride(1), stride(2)};
+}
 
 ConstHeads input(Context& context, const char* name, const Tensor& tensor) {
   return {context.input(name, tensor), strides_of(tensor)};

@@ -185,7 +185,7 @@ def test_causal_by_perturbation(backend):
 
 
 def test_no_document_sees_another(backend):
-    """Not even what is no number there; and no gradient crosses a border."""
+    """By no bit, and no gradient crosses a border."""
     device = "cuda" if backend == "cuda" else "cpu"
     borders = torch.tensor([0, 70, 75, 160, 160], dtype=torch.int32, device=device)
     inputs = make(160, 160, dtype=torch.float16, device=device)
@@ -204,7 +204,9 @@ def test_no_document_sees_another(backend):
         assert torch.equal(moved[name][:, :, 70:], whole[name][:, :, 70:]), name
 
 
-@pytest.mark.parametrize("how", ["fused", "unaligned", "columns apart", "rows apart", "expanded"])
+@pytest.mark.parametrize(
+    "how", ["fused", "unaligned", "unaligned and dense", "columns apart", "rows apart", "expanded"]
+)
 def test_strides(backend, how):
     device = "cuda" if backend == "cuda" else "cpu"
     dense = make(70, 70, dtype=torch.bfloat16, device=device)
@@ -212,6 +214,8 @@ def test_strides(backend, how):
     def laid_out(tensor):
         if how == "unaligned":
             return torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
+        if how == "unaligned and dense":
+            return torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape)
         if how == "columns apart":
             return tensor.transpose(2, 3).contiguous().transpose(2, 3)
         if how == "rows apart":
@@ -226,6 +230,14 @@ def test_strides(backend, how):
     assert_close_to_float64(attend_on(backend), inputs, causal=True)
     out, _ = attend_on(backend)(*inputs[:3])
     assert out.transpose(1, 2).is_contiguous()  # as the next projection reads it
+
+
+def test_strides_of_a_single_token(backend):
+    """Of a dimension of 1 a stride may be any number."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    inputs = make(1, 1, dtype=torch.float16, device=device)
+    odd = [t.as_strided(t.shape, (3, t.stride(1), 2**33 + 1, 1)) for t in inputs[:3]]
+    assert_close_to_float64(attend_on(backend), inputs._replace(q=odd[0], k=odd[1], v=odd[2]))
 
 
 def test_a_gradient_of_the_lse_alone(backend):

@@ -265,7 +265,8 @@ def _sizes(
         "dv": per_key_head((p**2).mT @ dout**2),
     }
     largest_score = scale * (q.abs() @ keys.abs().mT).masked_fill(~sees, 0.0)
-    sizes["lse"] = 1 + torch.cat([largest_score.flatten(), lse[lse.isfinite()].abs().flatten()])
+    largest = [largest_score.flatten(), lse[lse.isfinite()].abs().flatten(), lse.new_zeros(1)]
+    sizes["lse"] = 1 + torch.cat(largest)
     if sink_logits is not None:
         share = torch.exp(sink_logits.double()[:, None] - lse)  # (B, H, Tq)
         sizes["dsink"] = (share * (delta + outside).squeeze(-1)).square().sum((0, 2)).sqrt()

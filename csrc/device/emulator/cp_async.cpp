@@ -32,6 +32,8 @@ void cp_async16(uint32_t to, const void* from, bool valid, Location at) {
   if (valid) {
     check_global(me.actor(), from, 16, 16, Access::load, "cp.async", at);
     count_access(*me.warp, me.lane, at, false, false, reinterpret_cast<uintptr_t>(from), 16);
+  } else {
+    check_vector_alignment(from, "cp.async", at);  // PTX allows no other address, even where nothing is read
   }
   check_shared_write(block, to, 16, me.actor(), at, InFlight::cp_async);
   // Where nothing is read the pointer may be null, which memcpy must not be given.

@@ -203,7 +203,7 @@ DEVICE void reduce_add(Global<float> to, float value, Location at = Location::he
   emulator::atomic_add(detail::address_of(to), value, at);
 }
 DEVICE void reduce_add_f32x4(Global<float> to, f32x4 value, Location at = Location::here()) {
-  emulator::check_vector_alignment(detail::address_of(to), at);
+  emulator::check_vector_alignment(detail::address_of(to), "sum of four floats", at);
   emulator::atomic_add(detail::address_of(to), value.x, at);
   emulator::atomic_add(detail::address_of(to) + 1, value.y, at);
   emulator::atomic_add(detail::address_of(to) + 2, value.z, at);

@@ -63,7 +63,7 @@ uint32_t load_strong(const void* from, bool acquire, Location at);
 void store_strong(void* to, uint32_t value, bool release, Location at);
 float atomic_add(float* to, float value, Location at);
 uint32_t atomic_add(uint32_t* to, uint32_t value, bool acquire_release, Location at);
-void check_vector_alignment(const void* address, Location at);  // of four floats
+void check_vector_alignment(const void* address, const char* what, Location at);  // of 16 bytes
 
 // --- cp.async (cp_async.cpp) ------------------------------------------------------------------------------------
 
