@@ -55,7 +55,8 @@ DEVICE void add_dq(const BackwardArgs<T>& a, const BackwardMemory<Tile>& memory,
         const float(&sums)[4] = dq[r][c];
         if (a.turns) {
           const f32x4 before = load_global_as<f32x4>(to);
-          store_global_as<f32x4>(to, f32x4{before.x + sums[0], before.y + sums[1], before.z + sums[2], before.w + sums[3]});
+          const f32x4 after{before.x + sums[0], before.y + sums[1], before.z + sums[2], before.w + sums[3]};
+          store_global_as<f32x4>(to, after);
         } else if (a.dq_order.vectors) {
           reduce_add_f32x4(to, f32x4{sums[0], sums[1], sums[2], sums[3]});
         } else {
@@ -197,7 +198,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
       }
 
       // dV += P^T dO and dK += dS^T Q, 16 queries at a time
-      const auto do_at = right_turned(memory.dout(stage), pass, warp_column), q_at = right_turned(memory.q(stage), pass, warp_column);
+      const auto do_at = right_turned(memory.dout(stage), pass, warp_column);
+      const auto q_at = right_turned(memory.q(stage), pass, warp_column);
       UNROLL for (int c = 0; c < pass_tiles; c += 2) {
         uint32_t p_left[row_tiles][4], ds_left[row_tiles][4];
         UNROLL for (int r = 0; r < row_tiles; ++r)

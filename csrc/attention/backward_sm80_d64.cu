@@ -1,4 +1,5 @@
 #include "attention/backward_sm80.cuh"
 
 template int almostgpt::attention_backward_sm80<64>(const AttentionInputs&, const AttentionGradients&,
-                                                    const AttentionScratch&, const BackwardPlan&, const device::Card&, void*);
+                                                    const AttentionScratch&, const BackwardPlan&,
+                                                    const device::Card&, void*);

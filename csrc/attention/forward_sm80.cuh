@@ -147,11 +147,15 @@ int attention_forward_sm80(const AttentionInputs& inputs, Heads out, float* lse,
       using Score = std::remove_pointer_t<decltype(score)>;
       const int sharing = shape.heads / shape.kv_heads;
       const int64_t pair_bytes = int64_t{4} * shape.keys * shape.head_dim;  // of keys and values
-      const ForwardArgs<T> args{heads_of<T>(inputs.q), heads_of<T>(inputs.k), heads_of<T>(inputs.v), heads_of<T>(out),
-                                Global<float>(lse), make_mask(shape, inputs.options), make_scores(inputs.options),
-                                Global<const float>(inputs.options.sink_logits),
-                                make_schedule(shape.queries, Tile::queries, shape.batch * shape.heads, sharing, pair_bytes),
-                                shape.heads, sharing, shape.head_dim};
+      ForwardArgs<T> args{};
+      args.q = heads_of<T>(inputs.q), args.k = heads_of<T>(inputs.k), args.v = heads_of<T>(inputs.v);
+      args.out = heads_of<T>(out);
+      args.lse = Global<float>(lse);
+      args.mask = make_mask(shape, inputs.options);
+      args.scores = make_scores(inputs.options);
+      args.sink_logits = Global<const float>(inputs.options.sink_logits);
+      args.schedule = make_schedule(shape.queries, Tile::queries, shape.batch * shape.heads, sharing, pair_bytes);
+      args.heads = shape.heads, args.sharing = sharing, args.head_dim = shape.head_dim;
       const LaunchShape launch_shape{{args.schedule.blocks()}, Tile::threads,
                                      Tile::shared_bytes};
       return launch<attention_forward_kernel<T, Tile, Score>>(launch_shape, stream, args);

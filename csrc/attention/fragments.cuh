@@ -22,7 +22,8 @@ DEVICE void multiply_columns(float (&sums)[row_tiles][column_tiles][4], const ui
 
 // The same over all columns of the tiles, A's read from memory, too: `a` is a cursor of left.
 template <class T, int row_tiles, int column_tiles, class TileA, class TileB>
-DEVICE void multiply(float (&sums)[row_tiles][column_tiles][4], const LaneCursor<TileA>& a, const LaneCursor<TileB>& b) {
+DEVICE void multiply(float (&sums)[row_tiles][column_tiles][4], const LaneCursor<TileA>& a,
+                     const LaneCursor<TileB>& b) {
   static_assert(TileA::columns == TileB::columns && column_tiles % 2 == 0);
   UNROLL_BY(1)  // unrolled over all panels, the backward kernels spill registers
   for (int panel = 0; panel < TileA::columns / (8 * TileA::chunks); ++panel) {

@@ -1,6 +1,8 @@
 // What becomes of q . k before the softmax, in units of log2: exp2 is the instruction that there is.
 #pragma once
 
+#include <limits>
+
 #include "device/device.cuh"
 
 namespace almostgpt {
@@ -9,7 +11,7 @@ using namespace device;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct ScoreArgs {
   float scale, softcap;

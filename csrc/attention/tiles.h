@@ -53,7 +53,7 @@ struct BackwardTile {
   static constexpr int threads = 32 * warps;
   static constexpr int blocks = threads <= 128 ? 2 : 1;
   static constexpr int row_tiles = keys / (warps / depth_parts) / kFragmentRows;
-  static constexpr int columns = head_dim / depth_parts;        // of dK and dV in a warp
+  static constexpr int columns = head_dim / depth_parts;  // of dK and dV in a warp
   static constexpr int pass = row_tiles == 1 ? 32 : 16;   // queries whose scores a warp holds at once
   // For dQ, the warps share the tile of `queries` x head_dim in parts of 32 rows.
   static constexpr int dq_columns = head_dim / (warps * 32 / queries);
@@ -74,12 +74,12 @@ constexpr int with_backward_tile(int shared_bytes, F f) {
                                                                    : f(BackwardTile<64, 128, 64, 2, 4, 1>());
   } else if constexpr (head_dim == 128) {
     return shared_bytes >= 146 * kKiB ? f(BackwardTile<128, 128, 64, 2, 8, 1>())
-                                                        : f(BackwardTile<128, 64, 64, 1, 4, 1>());
+                                      : f(BackwardTile<128, 64, 64, 1, 4, 1>());
   } else {
     static_assert(head_dim == 256);
     if (shared_bytes >= 202 * kKiB) return f(BackwardTile<256, 64, 64, 2, 8, 2>());
     return shared_bytes >= 138 * kKiB ? f(BackwardTile<256, 64, 64, 1, 8, 2>())
-                                                        : f(BackwardTile<256, 32, 32, 2, 4, 2>());
+                                      : f(BackwardTile<256, 32, 32, 2, 4, 2>());
   }
 }
 

@@ -179,7 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   AttentionWorkspace sizes{};
   context.check(attention_workspace(inputs, deterministic, &sizes));
   Tensor dq = new_heads(q), dk = new_heads(k, sizes.key_parts), dv = new_heads(v, sizes.key_parts);
-  const auto scratch_tensor = [&](int64_t size, ScalarType type = ScalarType::Float) { return new_empty(q, {size}, type); };
+  const auto scratch_tensor = [&](int64_t size, ScalarType type = ScalarType::Float) {
+    return new_empty(q, {size}, type);
+  };
   Tensor lse2 = scratch_tensor(sizes.rows), delta = scratch_tensor(sizes.rows), dq_sums = scratch_tensor(sizes.dq);
   Tensor sinks = scratch_tensor(sizes.sinks), turns = scratch_tensor(sizes.turns, ScalarType::Int);
 
