@@ -14,8 +14,8 @@ With upstream gradients dout and dlse, and c the derivative of the softcap (1 wi
 
     δ     = Σ out · dout − dlse                 (Tq,)
     dv    = Pᵀ dout
-    dS    = scale · c · P · (dout vᵀ − δ)
-    dq    = dS k,  dk = dSᵀ q
+    dS    = c · P · (dout vᵀ − δ)
+    dq    = scale · dS k,  dk = scale · dSᵀ q
     dsink = −Σᵢ exp(sink − lse) · δ
 
 Causal attention is aligned at the bottom right: the last query sees every key. So the one query of
@@ -52,6 +52,9 @@ from almostgpt.kernels.flash_attention_reference import (
     reference,
 )
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
+
 
 def flash_attention(
     q: Tensor,
@@ -87,7 +90,8 @@ def flash_attention(
         sink_logits: (H,) floats: of each head one more logit in the softmax, which has no value.
         cu_seqlens: (n + 1,) int32: token t belongs to document i if cu_seqlens[i] ≤ t <
             cu_seqlens[i + 1], and sees no other. Then B is 1, Tq = Tk = T; it starts with 0, never
-            decreases and ends with T, which it may repeat. Values are checked on the CPU.
+            decreases and ends with T, which it may repeat. Values are checked in eager mode where
+            the tensor is on the CPU.
         deterministic: the same bits in every backward on a card, which may be slower.
         return_lse: give lse too.
 
@@ -110,11 +114,13 @@ def flash_attention(
         "deterministic": deterministic,
         "return_lse": return_lse,
     }
+    if not all(isinstance(tensor, Tensor) for tensor in (q, k, v)):
+        raise UserError("flash_attention: q, k and v must be tensors")
     device = q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return FLASH_ATTENTION(q, k, v, **options)
     dtype = torch.get_autocast_dtype(device)
-    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    q, k, v = (t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in (q, k, v))
     with torch.autocast(device, enabled=False):  # the maths of the reference is in float32
         return FLASH_ATTENTION(q, k, v, **options)
 
@@ -133,9 +139,9 @@ def _check(q, k, v, **options) -> None:
         raise UserError(
             f"flash_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads"
         )
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         raise UserError(
-            "flash_attention: q, k and v must have one floating dtype, "
+            "flash_attention: q, k and v must have one floating dtype of 16 bits or more, "
             f"not {q.dtype}, {k.dtype} and {v.dtype}"
         )
     if not q.device == k.device == v.device:
@@ -145,23 +151,27 @@ def _check(q, k, v, **options) -> None:
 
 def _check_options(q: Tensor, k: Tensor, options: Options) -> None:
     window, scale, softcap = options.window, options.scale, options.softcap
+    for name in ("causal", "deterministic", "return_lse"):
+        if not isinstance(value := getattr(options, name), bool):
+            raise UserError(f"flash_attention: {name} must be True or False, not {value!r}")
     if window is not None and not (
         isinstance(window, (tuple, list))
         and len(window) == 2
-        and all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 for n in window)
+        and all(isinstance(n, int) and not isinstance(n, bool) and -1 <= n < 2**62 for n in window)
     ):
         raise UserError(
             "flash_attention: window must be (left, right), two whole numbers of keys or −1 for a "
             f"side that is open, not {window!r}"
         )
-    if scale is not None and not 0 < scale < math.inf:
+    if scale is not None and not (isinstance(scale, _NUMBER) and 0 < scale < math.inf):
         raise UserError(f"flash_attention: scale must be a number above 0, not {scale!r}")
-    if not 0 <= softcap < math.inf:
+    if not (isinstance(softcap, _NUMBER) and 0 <= softcap < math.inf):
         raise UserError(f"flash_attention: softcap must be 0 (none) or above, not {softcap!r}")
     for name in ("alibi_slopes", "sink_logits"):
         tensor = getattr(options, name)
         if tensor is None:
             continue
+        _check_tensor(name, tensor)
         if tensor.shape != q.shape[1:2] or not tensor.is_floating_point():
             raise UserError(
                 f"flash_attention: {name} must be ({q.shape[1]},) floats, one for each query head, "
@@ -178,7 +188,13 @@ def _check_options(q: Tensor, k: Tensor, options: Options) -> None:
         _check_documents(q, k, options.cu_seqlens)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise UserError(f"flash_attention: {name} must be a tensor, not {type(value).__name__}")
+
+
 def _check_documents(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
+    _check_tensor("cu_seqlens", cu_seqlens)
     if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
         raise UserError(
             "flash_attention: with cu_seqlens the documents lie one after the other in a batch of "
@@ -291,8 +307,9 @@ def _forward_gradients(ctx, dout, dlse):
 
 def _backward_gradients(ctx, *_):
     raise UserError(
-        "flash_attention: the kernels have no second derivative; the reference has, so force it: "
-        "with kernels.use_backend('reference', ops=['flash_attention'])"
+        "flash_attention: the kernels have no second derivative; the reference has, by PyTorch's plain "
+        "maths, so force both: with kernels.use_backend('reference', ops=['flash_attention']), "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
     )
 
 
@@ -369,8 +386,11 @@ def _refuse_card(card, q, k, v, **options) -> str | None:
         return f"the CUDA kernels compute in bfloat16 and float16, not {q.dtype}"
     if q.shape[3] > 256:
         return f"the CUDA kernels take heads up to 256 wide, not {q.shape[3]}"
-    if options.get("softcap", 0.0) > 1000:  # their tanh is off by 1e-7, and so such a score by 1e-4
+    softcap, scale = options.get("softcap", 0.0), options.get("scale")
+    if softcap > 1000:  # their tanh is off by 1e-7, and so such a score by 1e-4
         return "the CUDA kernels take softcaps up to 1000; one so large bends no score"
+    if 0 < softcap < 1e-30 or (scale is not None and scale > 1e30):
+        return "the CUDA kernels compute in float32: softcaps below 1e-30 and scales above 1e30 leave it"
     return None
 
 

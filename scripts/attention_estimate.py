@@ -354,7 +354,7 @@ def tile_table() -> str:
     rows = []
     for tile, classes in used().items():
         blocks = [resident(tile, shared) for shared in classes]
-        where = "all" if len(classes) == len(CLASSES) else ", ".join(CLASSES[c][1] for c in classes)
+        where = "all" if len(classes) == len(CLASSES) else "; ".join(CLASSES[c][1] for c in classes)
         rows.append(
             (
                 f"{tile.kernel} {tile.head_dim}",
@@ -363,7 +363,7 @@ def tile_table() -> str:
                 tile.stages,
                 f"{tile.warps} of {16 * tile.row_tiles}",
                 f"{tile.shared_bytes / KIB:.4g}",
-                ", ".join(map(str, dict.fromkeys(blocks))),
+                "; ".join(map(str, dict.fromkeys(blocks))),
             )
         )
     return table(

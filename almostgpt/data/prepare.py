@@ -24,6 +24,7 @@ from almostgpt.config import DataConfig
 from almostgpt.data import dataset as prepared
 from almostgpt.data.corpora import Document, read_documents
 from almostgpt.data.dataset import Dataset, digest_of, is_prepared, open_dataset
+from almostgpt.data.loader import document_start
 from almostgpt.data.progress import progress_bar, say
 from almostgpt.data.shards import MAX_TOKENS, write_shard
 from almostgpt.data.survey import Survey, place, survey_documents
@@ -82,6 +83,7 @@ def cached_dataset(data: DataConfig, cache: Path | None = None, progress: bool =
     cache = cache or cache_folder()
     survey = survey_documents(data, cache)
     tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
+    document_start(data.documents, tokenizer)  # refused now, rather than when all is prepared
     folder = cache / "datasets" / _options(data, survey, tokenizer)["fingerprint"][:32]
     if (folder / prepared.FILE_NAME).is_file():
         return open_dataset(folder, progress=progress)

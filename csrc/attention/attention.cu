@@ -24,7 +24,8 @@ int plan_backward(const AttentionShape& shape, bool deterministic, const Card& c
       plan->padded_rows = (shape.queries + kRowBlock - 1) / kRowBlock * kRowBlock;
       plan->tile_queries = Tile::queries, plan->tile_keys = Tile::keys;
       // Enough blocks for all multiprocessors, as far as there are heads.
-      const int64_t slots = int64_t{card.multiprocessors} * Tile::blocks, sharing = shape.heads / shape.kv_heads;
+      const int resident = min(Tile::blocks, card.shared_bytes_per_block / static_cast<int>(Tile::shared_bytes));
+      const int64_t slots = int64_t{card.multiprocessors} * resident, sharing = shape.heads / shape.kv_heads;
       const int64_t blocks = int64_t{shape.batch} * shape.kv_heads * ((shape.keys + Tile::keys - 1) / Tile::keys);
       plan->key_parts = 1;
       for (int parts = 1; parts <= sharing && blocks * plan->key_parts < slots; ++parts)

@@ -80,6 +80,7 @@ struct AttentionScratch {
   float *lse2, *delta, *dq, *sinks;
   int32_t* turns;
 };
+// key_parts: as attention_workspace gave it; dk and dv have so many heads.
 int attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
                        const AttentionScratch& scratch, int key_parts, void* stream);
 

@@ -17,7 +17,7 @@ struct DqOrder {
 
 // What all kernels of one backward pass agree on.
 struct BackwardPlan {
-  int width;        // of the tiles: head_dim and what it is padded to
+  int width;        // head_dim, padded to that of the tiles
   int padded_rows;  // queries, padded to a multiple of kRowBlock
   int tile_queries, tile_keys;
   int key_parts;  // blocks that share a key head's query heads

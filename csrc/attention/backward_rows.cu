@@ -17,7 +17,7 @@ struct PrepareArgs {
   HeadsOf<const T> out, dout;
   Global<const float> lse, dlse;  // (batch, heads, queries); dlse may be absent
   Global<float> lse2, delta;      // (batch, heads, padded_rows)
-  Global<float> dq;               // 64 rows x `width` at a time are side by side
+  Global<float> dq;               // the sums, each block's 64 rows x `width` in one piece
   Global<const float> sink_logits;
   Global<float> sinks;  // (heads, batch, blocks of rows)
   Global<int32_t> turns;

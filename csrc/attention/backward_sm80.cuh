@@ -83,7 +83,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
 
   // In order, tiles must be handed out in the order in which blocks begin: a block waits for earlier tiles.
   int block = block_x();
-  if (a.turns) block = next_ticket(a.turns, seen.memory);
+  if (a.turns) block = next_ticket(a.turns, seen.memory);  // where the ranges will be
   const Schedule::Work work = a.schedule.work(block);
   // A part of the query heads that read a key head; dk and dv have a head for each part.
   const int parts = a.kv_heads * a.key_parts, batch = work.head / parts, part = work.head % parts;
@@ -103,7 +103,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
 
   // Tiles of queries pass by of one head after the other, the last queries first: so, in order, a tile of
   // queries is begun by the block that may add to it first.
-  const int last_tile = first_tile + tiles - 1, end_head = (part + (tiles > 0)) * heads;
+  const int last_tile = first_tile + tiles - 1;
+  const int end_head = tiles > 0 ? (part + 1) * heads : part * heads;  // nothing where nobody sees the keys
   struct Step { int head, tile; };
   const auto after = [&](Step step) {
     return step.tile > first_tile ? Step{step.head, step.tile - 1} : Step{step.head + 1, last_tile};
@@ -135,8 +136,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
     cp_async_wait<0>();
     cta_sync();  // everybody's copies are there, and nobody reads the tiles of the step before any more
     const Step next = after(step);
-    const bool more = next.head < end_head;
-    if (Tile::stages == 2 && more) fetch(next, stage ^ 1);
+    const bool further = next.head < end_head;
+    if (Tile::stages == 2 && further) fetch(next, stage ^ 1);
     const int head = step.head, query = step.tile * Tile::queries;
 
     UNROLL_BY(1)
@@ -203,19 +204,19 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) attention_backward_kernel(GRID
       UNROLL for (int c = 0; c < pass_tiles; c += 2) {
         uint32_t p_left[row_tiles][4], ds_left[row_tiles][4];
         UNROLL for (int r = 0; r < row_tiles; ++r)
-          UNROLL for (int part = 0; part < 2; ++part) {
-            const float(&p_)[4] = p[r][c + part];
-            const float(&d)[4] = ds[r][c + part];
-            pack_fragment<T>(p_left[r], part, p_[0], p_[1], p_[2], p_[3]);
-            pack_fragment<T>(ds_left[r], part, p_[0] * d[0], p_[1] * d[1], p_[2] * d[2], p_[3] * d[3]);
-            UNROLL for (int half = 0; half < 2; ++half) keep_ds(r, c + part, half, ds_left[r][2 * part + half]);
+          UNROLL for (int side = 0; side < 2; ++side) {
+            const float(&p_)[4] = p[r][c + side];
+            const float(&d)[4] = ds[r][c + side];
+            pack_fragment<T>(p_left[r], side, p_[0], p_[1], p_[2], p_[3]);
+            pack_fragment<T>(ds_left[r], side, p_[0] * d[0], p_[1] * d[1], p_[2] * d[2], p_[3] * d[3]);
+            UNROLL for (int half = 0; half < 2; ++half) keep_ds(r, c + side, half, ds_left[r][2 * side + half]);
           }
         multiply_rows<T>(dv, p_left, do_at, 8 * c);
         multiply_rows<T>(dk, ds_left, q_at, 8 * c);
       }
     }
     cta_sync();  // dS of all warps is there, and nobody reads the queries and dO any more
-    if (Tile::stages == 1 && more) fetch(next, 0);
+    if (Tile::stages == 1 && further) fetch(next, 0);
 
     add_dq<T>(a, memory, batch, head, query, work.tile);
     if (Tile::stages == 2) stage ^= 1;

@@ -34,8 +34,8 @@ HeadsOf<T> heads_of(const Heads& heads) {
   return {Global<T>(static_cast<T*>(heads.data)), heads.strides};
 }
 
-// The tiles of all heads, in the order in which blocks begin: heads in groups, of which what all their tiles
-// read stays in the L2 cache, and in a group the heaviest tiles of a causal mask before the light
+// The tiles of all heads, in the order in which blocks begin: heads in groups, so small that what all their
+// tiles read stays in the L2 cache, and in a group the heaviest tiles of a causal mask before the light
 // ones, so that at the end no block has much left to do alone.
 struct Schedule {
   int tiles;        // of a head

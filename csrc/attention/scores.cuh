@@ -21,16 +21,9 @@ struct ScoreArgs {
 // scale q . k, nothing else: the factor waits for the exponent, where it costs nothing.
 struct PlainScore {
   static constexpr bool plain = true;
-  float factor;  // from what operator() gives to log2
+  float factor;  // from q . k to log2
 
   DEVICE PlainScore(const ScoreArgs& args, int) : factor(args.scale * kLog2E) {}
-
-  DEVICE float operator()(float product, float) const { return product; }
-  // The same, and how it changes with scale q . k, in units of its own change.
-  DEVICE float operator()(float product, float, float& slope) const {
-    slope = 1.0f;
-    return product;
-  }
 };
 
 // With a softcap, ALiBi or both, and any scale.
@@ -51,6 +44,7 @@ struct BentScore {
     float slope;
     return (*this)(product, distance, slope);
   }
+  // `slope`: the derivative of the bent score by scale q . k.
   DEVICE float operator()(float product, float distance, float& slope) const {
     float score = product * scale;
     slope = 1.0f;

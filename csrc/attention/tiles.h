@@ -28,8 +28,8 @@ struct ForwardTile {
   static constexpr uint32_t shared_bytes = query_bytes + 4 * key_bytes + range_bytes;
 };
 
-// Calls f with the tile. 49 KiB and 65 KiB: two blocks on a multiprocessor wherever it has 163 KiB, tiles
-// of 64 keys at 128 columns spilled registers. Of 99 KiB a single block has all, with twice the warps.
+// Calls f with the tile. Of 49 KiB every card holds two blocks, of 65 KiB those that have 163 KiB; with
+// 99 KiB one block has all, with twice the warps. (Tiles of 64 keys and 128 columns in 4 warps spilled.)
 template <int head_dim, class F>
 constexpr int with_forward_tile(int shared_bytes, F f) {
   if constexpr (head_dim == 64) {
@@ -51,7 +51,7 @@ struct BackwardTile {
   static constexpr int head_dim = head_dim_, keys = keys_, queries = queries_, stages = stages_, warps = warps_;
   static constexpr int depth_parts = depth_parts_;
   static constexpr int threads = 32 * warps;
-  static constexpr int blocks = threads <= 128 ? 2 : 1;
+  static constexpr int blocks = threads <= 128 ? 2 : 1;  // on a multiprocessor, by registers
   static constexpr int row_tiles = keys / (warps / depth_parts) / kFragmentRows;
   static constexpr int columns = head_dim / depth_parts;  // of dK and dV in a warp
   static constexpr int pass = row_tiles == 1 ? 32 : 16;   // queries whose scores a warp holds at once

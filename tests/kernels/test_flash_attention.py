@@ -254,6 +254,20 @@ def test_the_second_derivative_of_a_kernel_says_what_to_do(path):
         dq.sum().backward()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (1, 0)}, {"softcap": 2.0}], ids=str
+)
+def test_the_second_derivative_comes_as_that_error_says(options):
+    leaves = [t.detach().double().requires_grad_() for t in make(3, 3, D=8)[:3]]
+    with (
+        kernels.use_backend("reference", ops=["flash_attention"]),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        assert torch.autograd.gradgradcheck(
+            functools.partial(kernels.flash_attention, **options), leaves
+        )
+
+
 @pytest.mark.parametrize("path", [public, in_parts, through_function])
 def test_under_activation_checkpointing(path):
     inputs, options = make(9, 9, D=8), dict(causal=True, softcap=2.0, sink_logits=sinks(2))
@@ -292,6 +306,20 @@ def test_no_whole_matrix_of_scores_is_ever_there(window):
         with_gradients(attention, inputs)
     assert largest.elements <= 10_000  # of 720,000
     assert sum(kept.values()) <= 4 * 600 * 6 * 4  # q, k and v
+
+
+def test_a_window_alone_keeps_no_whole_mask():
+    T, kept = 4096, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for window in ((64, 0), (64, -1), (-1, 8)):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            with_gradients(public, make(T, T, H=1, D=4), window=window)
+        assert sum(kept.values()) < T * T  # bytes, where the matrix alone has four times as many
 
 
 def test_a_small_window_reads_few_keys():
@@ -478,6 +506,10 @@ def test_bad_tensors_are_named():
         kernels.flash_attention(q, k.double(), v)
     with pytest.raises(UserError, match="on cpu, meta and cpu"):
         kernels.flash_attention(q, k.to("meta"), v)
+    with pytest.raises(UserError, match="must be tensors"):
+        kernels.flash_attention(q, k, v.numpy())
+    with pytest.raises(UserError, match="one floating dtype of 16 bits"):
+        kernels.flash_attention(*(t.to(torch.float8_e5m2) for t in (q, k, v)))
 
 
 @pytest.mark.parametrize(
@@ -488,6 +520,14 @@ def test_bad_tensors_are_named():
         ({"window": (1.0, 2)}, "two whole numbers"),
         ({"window": (True, 2)}, "two whole numbers"),
         ({"window": (1, 2, 3)}, "two whole numbers"),
+        ({"window": (2**70, 0)}, "two whole numbers"),
+        ({"causal": "no"}, "causal must be True or False, not 'no'"),
+        ({"deterministic": 1}, "deterministic must be True or False"),
+        ({"return_lse": None}, "return_lse must be True or False"),
+        ({"scale": "0.1"}, "scale must be a number above 0, not '0.1'"),
+        ({"softcap": None}, "softcap must be 0"),
+        ({"alibi_slopes": [1.0] * 4}, "alibi_slopes must be a tensor, not list"),
+        ({"cu_seqlens": [0, 3]}, "cu_seqlens must be a tensor, not list"),
         ({"scale": 0.0}, "scale must be a number above 0, not 0.0"),
         ({"scale": float("nan")}, "not nan"),
         ({"softcap": -1.0}, "softcap must be 0"),

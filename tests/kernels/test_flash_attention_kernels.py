@@ -64,11 +64,11 @@ def test_odd_shapes(backend, Tq, Tk, D):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("Tq, Tk", [(799, 3), (3, 799), (1023, 1024), (1024, 1023)])
-def test_longer_odd_shapes(backend, Tq, Tk, D, causal, dtype):
+def test_longer_odd_shapes(backend, Tq, Tk, D, causal):
+    dtype = DTYPES[(Tq + causal) % 2]
     check(backend, Tq, Tk, H=2, Hkv=1, D=D, dtype=dtype, options={"causal": causal})
 
 
