@@ -19,6 +19,9 @@ from almostgpt.errors import UserError
 MAX_SEED = 2**64 - 1  # of torch's generators
 MAX_INT = 2**31 - 1  # of every other whole number: they count what must fit into a machine
 
+# Settings that were switches once, and what false and true of an older file mean now.
+FORMER_SWITCHES = {"model.gradient_checkpointing": ("none", "full")}
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -40,9 +43,9 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and LayerNorm
     qkv_bias: bool | None = None  # bias of the QKV projection; null follows bias
     tie_weights: bool = True  # the output projection shares the token embedding
-    gradient_checkpointing: bool = False  # recompute each block in backward: less memory, more time
+    gradient_checkpointing: str = "none"  # none | selective | full: less memory, more time
     norm: str = "rmsnorm"  # layernorm | rmsnorm
-    feedforward: str = "swiglu"  # gelu | gelu_tanh | swiglu
+    feedforward: str = "swiglu"  # gelu | gelu_tanh | relu2 | swiglu
     position: str = "rope"  # learned | sinusoidal | rope
     attention: str = "full"  # full
 
@@ -70,10 +73,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; weight decay touches matrices only."""
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; decay touches matrices only."""
 
+    name: str = "adamw"  # adamw | muon
     lr: float = 1e-3  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW: decay of the first and second moment
+    momentum: float = 0.95  # Muon: decay of its one moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, on parameters with two or more dimensions
     clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
@@ -83,9 +88,10 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over the steps: linear warm-up, then the named decay."""
 
-    name: str = "cosine"  # cosine | constant
+    name: str = "cosine"  # cosine | wsd (stable, then linear) | constant
     warmup_steps: int = 100  # steps from 0 to the peak
     decay_steps: int | None = None  # step at which min_lr is reached; null is training.steps
+    decay_fraction: float = 0.1  # wsd: share of decay_steps, the last ones, in which the rate falls
     min_lr: float | None = None  # where the decay ends; null is a tenth of optimizer.lr
 
 
@@ -197,6 +203,10 @@ def model_problems(model: GPTConfig) -> list[str]:
         problems.append(
             f"model.n_embd is {model.n_embd}, but model.position=sinusoidal needs an even one"
         )
+    known = ("none", "selective", "full")
+    if model.gradient_checkpointing not in known:
+        reason = not_one_of(model.gradient_checkpointing, known)
+        problems.append(f"model.gradient_checkpointing is {reason}")
     if not 0 <= model.dropout < 1:
         problems.append(f"model.dropout is {model.dropout}, but must be in [0, 1)")
     return problems
@@ -236,7 +246,8 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"{key} is {values[key]}, but must be at least {minimum}")
     choices = {
         "training.precision": ("fp32", "bf16", "fp16"),
-        "schedule.name": ("cosine", "constant"),
+        "schedule.name": ("cosine", "wsd", "constant"),
+        "optimizer.name": ("adamw", "muon"),
         "data.split": ("tail", "document"),
         "data.sampling": ("random", "sequential"),
         "data.documents": ("ignore", "packed"),
@@ -246,6 +257,12 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"{key} is {not_one_of(values[key], names)}")
     if not 0 < config.data.val_fraction < 1:
         problems.append(f"data.val_fraction is {config.data.val_fraction}, but must be in (0, 1)")
+    if not 0 < config.schedule.decay_fraction <= 1:
+        fraction = config.schedule.decay_fraction
+        problems.append(f"schedule.decay_fraction is {fraction}, but must be in (0, 1]")
+    if not 0 <= config.optimizer.momentum < 1:
+        momentum = config.optimizer.momentum
+        problems.append(f"optimizer.momentum is {momentum}, but must be in [0, 1)")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(f"optimizer.betas is {config.optimizer.betas}, but both must be in [0, 1)")
     return problems

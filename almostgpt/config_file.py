@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from almostgpt.config import Config, overlay
+from almostgpt.config import FORMER_SWITCHES, Config, overlay
 from almostgpt.errors import UserError
 
 PRESETS = Path(__file__).parent / "configs"
@@ -143,6 +143,8 @@ def _near_hint(name: str, known: Iterable[str]) -> str:
 def _coerce_into(
     out: dict, key: str, value: Any, kind: Any, file: Path, problems: list[str]
 ) -> None:
+    if key in FORMER_SWITCHES and isinstance(value, bool):
+        value = FORMER_SWITCHES[key][value]
     try:
         out[key] = coerce(value, kind)
     except ValueError as error:

@@ -8,6 +8,7 @@ somebody else slows all of them alike; a ratio is taken within a round and its m
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import itertools
 import platform
@@ -36,11 +37,11 @@ def wall_timer(calls: int) -> Timer:
 
     def measure(peer: Peer) -> float:
         works = [peer() for _ in range(calls)]
-        _wait()
+        wait()
         start = time.perf_counter()
         for work in works:
             work()
-        _wait()
+        wait()
         return (time.perf_counter() - start) / calls
 
     return measure
@@ -54,7 +55,7 @@ def device_timer(calls: int) -> Timer:
     def measure(peer: Peer) -> float:
         works = [peer() for _ in range(calls)]
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _wait()
+        wait()
         # The GPU idles for a few milliseconds while the host puts all the work into the queue:
         # so no gap between two launches is timed.
         torch.cuda._sleep(10_000_000)
@@ -68,7 +69,7 @@ def device_timer(calls: int) -> Timer:
     return measure
 
 
-def _wait() -> None:
+def wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
@@ -141,6 +142,33 @@ def matmul_rate(dtype: torch.dtype) -> float:
     timer = device_timer(5)
     seconds = [timer(lambda: lambda: left @ right) for _ in range(7)][2:]
     return 2 * size**3 / statistics.median(seconds)
+
+
+def peak_bytes(work: Work) -> int:
+    """The most memory that a call takes at a time beyond what is in use before it.
+
+    On a CPU by the kernel's own peak of the resident set, which Linux lets a process reset; 0 where
+    it does not.
+    """
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return 0
+    gc.collect()
+    reset.write_text("5")
+    before = _resident(status, "VmRSS")
+    work()
+    return _resident(status, "VmHWM") - before
+
+
+def _resident(status: Path, field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1])
 
 
 # ---------------------------------------------------------------- peers

@@ -8,7 +8,8 @@ Every op has a plain PyTorch reference that runs anywhere. Faster backends (``cu
     with kernels.use_backend("reference"):             # force one; it fails rather than fall back
         y = kernels.rms_norm(x, weight)
 
-``ALMOSTGPT_BACKEND=reference`` forces a backend for a whole process. ``kernels.emulator`` runs the
+``ALMOSTGPT_BACKEND=reference`` forces a backend for a whole process (``emulator,triton``: for
+each op the one that it has). ``kernels.emulator`` runs the
 CUDA kernels on a CPU and finds their errors.
 """
 
@@ -20,12 +21,28 @@ if __name__ == "kernels":
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import dispatch, emulator, native
+from almostgpt.kernels.activations import GELU, RELU_SQUARED, SWIGLU, gelu, relu_squared, swiglu
+from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
+from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
+from almostgpt.kernels.rope import ROPE, rope
 
-OPS: dict[str, dispatch.Op] = {op.name: op for op in (RMS_NORM, FLASH_ATTENTION)}
+OPS: dict[str, dispatch.Op] = {
+    op.name: op
+    for op in (
+        RMS_NORM,
+        FLASH_ATTENTION,
+        ROPE,
+        CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY,
+        SWIGLU,
+        GELU,
+        RELU_SQUARED,
+    )
+}
 
 __all__ = [
     "BACKENDS",
@@ -33,10 +50,16 @@ __all__ = [
     "EmulatorError",
     "Explanation",
     "build_info",
+    "cross_entropy",
     "emulator",
     "explain",
     "flash_attention",
+    "gelu",
+    "linear_cross_entropy",
+    "relu_squared",
     "rms_norm",
+    "rope",
+    "swiglu",
     "use_backend",
 ]
 

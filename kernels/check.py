@@ -5,7 +5,7 @@ the house: at most twice the error that the same definition makes in the op's ow
 four ulps of the largest value. On a GPU the kernel is also timed, against the reference and against
 what the card can do at best: a large copy and a large matrix product, measured in the same run.
 
-A ``Case`` says of one way to call an op what its inputs are, its definition, and its work.
+The ways to call each op are in check_cases.py.
 """
 
 from __future__ import annotations
@@ -14,146 +14,17 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from almostgpt import kernels
 from almostgpt.errors import UserError
+from almostgpt.kernels.check_cases import CASES, Case, Shape
 from almostgpt.kernels.emulator import EmulatorError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least that must be done: elements read or written, each once, and operations."""
-
-    elements: int
-    flops: float = 0.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to call an op.
-
-    Attributes:
-        op: its name in ``kernels.OPS``.
-        dimensions: what a shape of it means, for messages.
-        inputs: the op's positional arguments, by name, from a shape and a source of tensors.
-        plain: the definition, in the dtype of its inputs; it takes what the op takes.
-        outputs: names of what it returns.
-        work: from a shape, of ``"forward"`` and ``"backward"``.
-        shapes: what is checked where no shape is given: on ``"cuda"``, another device (``"cpu"``),
-            or in the ``"emulator"``.
-        options: keyword arguments of the op.
-    """
-
-    op: str
-    dimensions: str
-    inputs: Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor | float]]
-    plain: Callable[..., Tensor | tuple[Tensor, ...]]
-    outputs: tuple[str, ...]
-    work: Callable[[Shape], dict[str, Work]]
-    shapes: dict[str, Shape]
-    options: dict[str, object] = field(default_factory=dict)
-
-
-# ---------------------------------------------------------------- the cases
-
-
-def _plain_rms_norm(x, weight, eps, residual=None):
-    total = x if residual is None else x + residual
-    y = total * torch.rsqrt((total * total).mean(-1, keepdim=True) + eps) * weight
-    return y if residual is None else (y, total)
-
-
-def _plain_attention(q, k, v, *, causal, window=None, softcap=0.0):
-    def one_head(q, k, v):
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if causal:
-            sees = torch.ones_like(scores, dtype=torch.bool).tril()
-            if window is not None:
-                sees = sees.triu(-window[0])
-            scores = scores.masked_fill(~sees, -math.inf)
-        return scores.softmax(-1) @ v
-
-    # Of one head at a time, so that (T, T) matrices in float64 fit for long sequences too.
-    heads = zip(*(t.flatten(0, 1) for t in (q, k, v)), strict=True)
-    return torch.stack(
-        [checkpoint(one_head, *head, use_reentrant=False) for head in heads]
-    ).view_as(q)
-
-
-_RMS_NORM = Case(
-    "rms_norm",
-    dimensions="ROWSxWIDTH",
-    inputs=lambda shape, normal: {"x": normal(shape), "weight": normal(shape[-1:]), "eps": 1e-5},
-    plain=_plain_rms_norm,
-    outputs=("y",),
-    work=lambda shape: {
-        "forward": Work(2 * math.prod(shape)),  # x, y
-        "backward": Work(3 * math.prod(shape)),  # dy, x, dx
-    },
-    shapes={"cuda": (8192, 4096), "cpu": (512, 768), "emulator": (6, 1000)},
-)
-
-_ADD_RMS_NORM = Case(
-    "rms_norm",
-    dimensions="ROWSxWIDTH",
-    inputs=lambda shape, normal: {
-        **_RMS_NORM.inputs(shape, normal),
-        "residual": normal(shape),
-    },
-    plain=_plain_rms_norm,
-    outputs=("y", "sum"),
-    work=lambda shape: {
-        "forward": Work(4 * math.prod(shape)),  # x, residual, sum, y
-        "backward": Work(4 * math.prod(shape)),  # dy, dsum, sum, dx
-    },
-    shapes=_RMS_NORM.shapes,
-)
-
-
-def _attention(causal: bool, **options) -> Case:
-    def work(shape: Shape) -> dict[str, Work]:
-        B, H, T, D = shape
-        seen = T * T / 2 if causal else T * T  # pairs of a query and a key
-        if "window" in options:
-            seen = min(seen, T * (options["window"][0] + 1))
-        elements, flops = B * H * T * D, 4 * B * H * seen * D
-        return {
-            "forward": Work(4 * elements, flops),  # q, k, v, out
-            "backward": Work(8 * elements, 2.5 * flops),  # these, and their gradients
-        }
-
-    return Case(
-        "flash_attention",
-        dimensions="BxHxTxD",
-        inputs=lambda shape, normal: {name: normal(shape) for name in "qkv"},
-        plain=_plain_attention,
-        outputs=("out",),
-        work=work,
-        shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
-        options={"causal": causal, **options},
-    )
-
-
-CASES: dict[str, Case] = {
-    "rms_norm": _RMS_NORM,
-    "rms_norm with a residual": _ADD_RMS_NORM,
-    "flash_attention": _attention(causal=False),
-    "flash_attention, causal": _attention(causal=True),
-    "flash_attention, window": _attention(causal=True, window=(50, 0)),
-    "flash_attention, softcap": _attention(causal=True, softcap=20.0),
-}
-
 
 # ---------------------------------------------------------------- a check
 
@@ -230,10 +101,11 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> Result:
         return torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
 
     inputs = case.inputs(shape, normal)
-    upstream = [normal(shape) for _ in case.outputs]
-    ours = functools.partial(op, **case.options)
-    plain = functools.partial(case.plain, **case.options)
-    explanation = kernels.explain(case.op, *inputs.values(), **case.options)
+    upstream = [normal(case.output(shape)) for _ in case.outputs]
+    constants = {k: v.to(device) for k, v in case.constants(shape).items()}
+    ours = functools.partial(op, **constants, **case.options)
+    plain = functools.partial(case.plain, **constants, **case.options)
+    explanation = kernels.explain(case.op, *inputs.values(), **constants, **case.options)
     result = functools.partial(Result, name, shape, dtype, explanation.backend, explanation.kernel)
     try:
         got = _outputs_and_gradients(ours, inputs, upstream)
@@ -241,11 +113,13 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> Result:
         return result(problem=str(error))
     same = _outputs_and_gradients(plain, inputs, upstream)
     exact = _outputs_and_gradients(
-        plain, {k: _exact(v) for k, v in inputs.items()}, [_exact(t) for t in upstream]
+        functools.partial(plain, **{k: _exact(v) for k, v in constants.items()}),
+        {k: _exact(v) for k, v in inputs.items()},
+        [_exact(t) for t in upstream],
     )
     tensors = [*case.outputs, *(f"d{k}" for k, v in inputs.items() if isinstance(v, Tensor))]
     accuracies = _accuracies(tensors, got, same, exact)
-    speeds = _speeds(case, ours, inputs, upstream) if device.type == "cuda" else ()
+    speeds = _speeds(case, shape, ours, inputs, upstream) if device.type == "cuda" else ()
     return result(tuple(accuracies), tuple(speeds))
 
 
@@ -282,10 +156,11 @@ def _forward(function, inputs: dict) -> tuple[list[Tensor], tuple[Tensor, ...]]:
 
 
 def _exact(value):
-    """A tensor in float64, which mps does not have; anything else as it is."""
+    """A floating tensor in float64, which mps does not have; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    return (value.cpu() if value.device.type == "mps" else value).double()
+    value = value.cpu() if value.device.type == "mps" else value
+    return value.double() if value.is_floating_point() else value
 
 
 def _tuple(outputs) -> tuple[Tensor, ...]:
@@ -295,13 +170,13 @@ def _tuple(outputs) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- speed, on a GPU
 
 
-def _speeds(case: Case, ours, inputs: dict, upstream: list[Tensor]) -> list[Speed]:
+def _speeds(case: Case, shape: Shape, ours, inputs: dict, upstream: list[Tensor]) -> list[Speed]:
     x = next(iter(inputs.values()))
     times = _times(ours, inputs, upstream)
     with kernels.use_backend("reference", ops=(case.op,)):
         reference_times = _times(ours, inputs, upstream)
     speeds = []
-    for direction, work in case.work(tuple(x.shape)).items():
+    for direction, work in case.work(shape).items():
         moved = work.elements * x.itemsize
         limits = [(moved, "GB/s", moved / _copy_rate(x.device))]
         if work.flops:

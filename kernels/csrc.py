@@ -88,7 +88,7 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
 
     def refuse_cuda(card: Card | None, tensor, *args, **kwargs) -> str | None:
         if card is None:
-            if why := _refuse_transforms():
+            if why := refuse_transforms():
                 return why
             if not tensor.is_cuda:
                 return f"the tensors are on {tensor.device}"
@@ -98,7 +98,7 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
         return refuse_card(card, tensor, *args, **kwargs)
 
     def refuse_emulator(card: Card, tensor, *args, **kwargs) -> str | None:
-        if why := _refuse_transforms():
+        if why := refuse_transforms():
             return why
         if tensor.device.type not in ("cpu", "meta"):
             return f"the tensors are on {tensor.device}, and the emulator runs on the CPU"
@@ -112,11 +112,11 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
 
     return (
         Kernel("cuda", name, refuse_cuda, run_cuda),
-        Kernel("emulator", name, refuse_emulator, run_emulator),
+        Kernel("emulator", name, refuse_emulator, run_emulator, only_forced=True),
     )
 
 
-def _refuse_transforms() -> str | None:
+def refuse_transforms() -> str | None:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "under torch.func (vmap, grad, jvp) only the reference runs"
     return None

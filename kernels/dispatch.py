@@ -3,8 +3,9 @@
 An op lists its kernels, best first; a kernel says why it cannot serve given arguments, or None.
 The first that can serve runs, and the reference, which is plain PyTorch, always can. One backend
 may be forced instead, by ``use_backend`` for all ops or some, or for the whole process by
-``ALMOSTGPT_BACKEND``: then its kernel runs or the call fails with the reason, and nothing falls
-back.
+``ALMOSTGPT_BACKEND``: every op that has a kernel of it runs that or fails with the reason, and
+nothing falls back. An op that has none at all is left alone (``cuda`` and ``triton`` share the
+ops between them), unless it was named.
 
 A kernel that is chosen in forward carries its own backward, so the choice holds for both:
 autograd runs backward on threads of its own, where the caller's context variables do not reach.
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -44,12 +45,14 @@ class Forced(NamedTuple):
     ops: tuple[str, ...] | None = None  # None: all
 
 
-# Innermost first; the environment gives the process's default.
+# Innermost first; the environment gives the process's default, such as "emulator,triton".
 _FORCED: ContextVar[tuple[Forced, ...]] = ContextVar(
     "almostgpt_backend",
-    default=(Forced(os.environ["ALMOSTGPT_BACKEND"]),)
-    if os.environ.get("ALMOSTGPT_BACKEND")
-    else (),
+    default=tuple(
+        Forced(name.strip())
+        for name in os.environ.get("ALMOSTGPT_BACKEND", "").split(",")
+        if name.strip()
+    ),
 )
 
 
@@ -65,11 +68,15 @@ def __getattr__(name: str):
 _THIS_MODULE = sys.modules[__name__]
 
 
-def forced(op_name: str) -> Forced | None:
+def forced(op: Op) -> Forced | None:
     """What is forced for this op, or None where the choice is free."""
     stack = _THIS_MODULE.traced_forced if torch.compiler.is_compiling() else _FORCED.get()
     for entry in stack:
-        if entry.ops is None or op_name in entry.ops:
+        if entry.ops is None:
+            if entry.backend in op.backends:
+                return entry
+            _check_backend(entry.backend)
+        elif op.name in entry.ops:
             return entry
     return None
 
@@ -78,9 +85,10 @@ def forced(op_name: str) -> Forced | None:
 def use_backend(backend: str, *, ops: Iterable[str] | None = None, **options) -> Iterator[None]:
     """Force one backend within a ``with`` block, in this thread or task only.
 
-    An op that the backend cannot serve raises ``UserError`` with the reason; a forced backend
-    never falls back. Of nested blocks the innermost that is for an op holds for it. Enter the
-    block outside of code given to ``torch.compile``, which then compiles anew for it::
+    A call that the backend cannot serve raises ``UserError`` with the reason; a forced backend
+    never falls back. Ops that have no kernel of it are left alone, unless ``ops`` names them. Of
+    nested blocks the innermost that is for an op holds for it. Enter the block outside of code
+    given to ``torch.compile``, which then compiles anew for it::
 
         with kernels.use_backend("emulator", ops=["rms_norm"], capability=(9, 0)):
             model(tokens)  # rms_norm in the emulator of an H100, everything else as ever
@@ -151,12 +159,15 @@ class Kernel:
             about, which need not be here (that of the emulator, or of ``explain``), or None for
             the device that the tensors are on.
         run: of an emulator kernel the card comes first here too: no device could tell it.
+        only_forced: it runs in seconds what others do in microseconds (the emulator, Triton's
+            interpreter), so nobody gets it who did not ask.
     """
 
     backend: str
     name: str
     refuse: Callable[..., str | None]
     run: Callable
+    only_forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,11 +191,16 @@ class Op:
     name: str
     check: Callable[..., None]
     kernels: tuple[Kernel, ...]
+    backends: frozenset[str] = field(init=False)  # of which it has a kernel
+
+    def __post_init__(self) -> None:
+        backends = frozenset(kernel.backend for kernel in self.kernels)
+        object.__setattr__(self, "backends", backends)
 
     def __call__(self, *args, **kwargs):
         """Check the arguments, choose a kernel and run it."""
         self.check(*args, **kwargs)
-        wanted = forced(self.name)
+        wanted = forced(self)
         kernel = self.choose(wanted, None, *args, **kwargs)
         if kernel.backend == "emulator":
             return kernel.run(wanted.card, *args, **kwargs)
@@ -197,11 +213,9 @@ class Op:
         """
         if wanted is None:
             for kernel in self.kernels:
-                # The emulator takes seconds where a GPU takes microseconds: only when forced.
-                if kernel.backend != "emulator" and kernel.refuse(card, *args, **kwargs) is None:
+                if not kernel.only_forced and kernel.refuse(card, *args, **kwargs) is None:
                     return kernel
             raise AssertionError(f"{self.name} has no reference that serves everything")
-        _check_backend(wanted.backend)
         if wanted.backend == "emulator":
             card = wanted.card
         for kernel in self.kernels:
@@ -218,11 +232,18 @@ class Op:
             return None
         return "; ".join(dict.fromkeys(refusals)) or f"no {backend} kernel for this op"
 
+    def _serves_only_when_forced(self, backend: str, card: Card | None, *args, **kwargs) -> bool:
+        return all(
+            kernel.only_forced or kernel.refuse(card, *args, **kwargs)
+            for kernel in self.kernels
+            if kernel.backend == backend
+        )
+
     def explain(self, *args, capability: Card | None = None, **kwargs) -> Explanation:
         """See ``almostgpt.kernels.explain``."""
         card = None if capability is None else check_card(capability)
         self.check(*args, **kwargs)
-        wanted = forced(self.name)
+        wanted = forced(self)
         chosen = self.choose(wanted, card, *args, **kwargs)
         reasons = {}
         for backend in BACKENDS:
@@ -233,7 +254,7 @@ class Op:
             if reasons[backend] is None:
                 if wanted is not None:
                     reasons[backend] = f"it could serve, but {chosen.backend} is forced"
-                elif backend == "emulator":
+                elif self._serves_only_when_forced(backend, asked, *args, **kwargs):
                     reasons[backend] = "it runs only when forced"
                 else:
                     reasons[backend] = f"it could serve, but {chosen.backend} comes first"

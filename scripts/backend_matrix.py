@@ -43,6 +43,23 @@ def _attention(empty: Empty, Tq=512, Tk=512, kv_heads=8, B=2, D=64, **options) -
     return (empty(B, 8, Tq, D), k, k), {"causal": True, **options}
 
 
+def _rope(empty: Empty, D=64, R=None, **options) -> Call:
+    """Queries and keys in the output of a fused projection."""
+    qkv = empty(2, 512, 24, D)
+    table = empty(1024, (R or D) // 2, dtype=torch.float32)
+    positions = options.pop("positions", 0)
+    return (qkv[:, :, :16], table, table, positions), options
+
+
+def _cross_entropy(empty: Empty, V=1024) -> Call:
+    return (empty(128, V), empty(128, dtype=torch.int64)), {}
+
+
+def _linear_cross_entropy(empty: Empty, **options) -> Call:
+    weight = options.pop("weight", empty(1024, 256))
+    return (empty(128, 256), weight, empty(128, dtype=torch.int64)), options
+
+
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
 CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
     "rms_norm": {
@@ -52,6 +69,13 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
             empty(64, 1024), weight=empty(1024, dtype=torch.float32)
         ),
         "rows of odd length": lambda empty: _rms_norm(empty(64, 1023)),
+    },
+    "rope": {
+        "from a position": lambda empty: _rope(empty),
+        "packed documents": lambda empty: _rope(empty, positions=empty(2, 512, dtype=torch.int32)),
+        "a part of the dimensions": lambda empty: _rope(empty, R=16),
+        "heads of 20": lambda empty: _rope(empty, D=20),
+        "in place": lambda empty: _rope(empty, inplace=True),
     },
     "flash_attention": {
         "full": lambda empty: _attention(empty, causal=False),
@@ -72,6 +96,29 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "heads of 256": lambda empty: _attention(empty, D=256),
         "heads of 264": lambda empty: _attention(empty, D=264),
     },
+    "cross_entropy": {
+        "contiguous": lambda empty: _cross_entropy(empty),
+        "rows of odd length": lambda empty: _cross_entropy(empty, V=1023),
+    },
+    "linear_cross_entropy": {
+        "mean": lambda empty: _linear_cross_entropy(empty),
+        "a padded vocabulary": lambda empty: _linear_cross_entropy(empty, vocab_size=1001),
+        "each token's": lambda empty: _linear_cross_entropy(empty, reduction="none"),
+        "softcap": lambda empty: _linear_cross_entropy(empty, softcap=30.0),
+        "weight in fp32": lambda empty: _linear_cross_entropy(
+            empty, weight=empty(1024, 256, dtype=torch.float32)
+        ),
+    },
+    "swiglu": {
+        "contiguous": lambda empty: ((empty(64, 2048),), {}),
+        "rows of odd length": lambda empty: ((empty(64, 2 * 1023),), {}),
+        "strided": lambda empty: ((empty(2048, 64).t(),), {}),
+    },
+    "gelu": {
+        "exact": lambda empty: ((empty(64, 1024),), {}),
+        "by tanh": lambda empty: ((empty(64, 1024), "tanh"), {}),
+    },
+    "relu_squared": {"contiguous": lambda empty: ((empty(64, 1024),), {})},
 }
 
 HEAD = """# Which kernel runs where

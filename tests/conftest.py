@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton reads it when it decorates a kernel, which is when almostgpt.kernels is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # File names under which tiktoken looks for the two files of the gpt2 vocabulary.
 TIKTOKEN_NAMES = {
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",

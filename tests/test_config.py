@@ -46,6 +46,16 @@ def test_all_problems_in_one_message_with_file_key_and_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "written, expected",
+    [("false", "none"), ("true", "full"), ("none", "none"), ("selective", "selective")],
+)
+def test_checkpointing_was_a_switch_once(tmp_path, written, expected):
+    """Stored configurations of older runs hold true or false."""
+    path = write(tmp_path, f"model: {{gradient_checkpointing: {written}}}")
+    assert resolve(load_config(path)).model.gradient_checkpointing == expected
+
+
+@pytest.mark.parametrize(
     "text, expected",
     [
         ("model: {n_layer: 4", "not readable as YAML"),
@@ -130,6 +140,12 @@ def test_resolve_fills_what_is_derived():
         ("data.val_fraction", 1.0),
         ("data.documents", "pack"),
         ("schedule.name", "cosin"),
+        ("schedule.decay_fraction", 0.0),
+        ("schedule.decay_fraction", 1.1),
+        ("optimizer.name", "moun"),
+        ("optimizer.momentum", 1.0),
+        ("model.gradient_checkpointing", True),
+        ("model.gradient_checkpointing", "some"),
         ("model.mlp_ratio", float("inf")),
         ("model.block_size", 2**31),
         ("seed", 2**64),

@@ -18,10 +18,12 @@ from rich.table import Table
 import almostgpt
 from almostgpt import kernels
 from almostgpt.cli.arguments import parse
+from almostgpt.cli.plan import run_plan
 from almostgpt.config import not_one_of
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
-from almostgpt.kernels.check import CASES, DTYPES, Case, Result, check
+from almostgpt.kernels.check import DTYPES, Result, check
+from almostgpt.kernels.check_cases import CASES, Case
 
 DESCRIPTION = """Shows versions, devices, which kernels are built for which architectures, and which backend
 each op would use on this machine, with the reason why the others would not.
@@ -30,6 +32,8 @@ With --check it runs the ops instead, and compares outputs and gradients with fl
 be at most twice that of the plain definition in the same dtype, plus a few ulps. On a GPU it also
 measures speed. The exit code is 1 when an error is larger.
 
+With --plan it predicts memory and time of a training run; almostgpt info --plan --help says more.
+
 examples:
   almostgpt info
   almostgpt info --json
@@ -37,7 +41,8 @@ examples:
   almostgpt info --check                                          every op, at modest shapes
   almostgpt info --check --op rms_norm --shape 4096x4096 --dtype bf16
   almostgpt info --check --op flash_attention --shape 2x12x1024x64    B x H x T x D
-  almostgpt info --check --backend emulator --capability 9.0      the CUDA kernels, on a CPU"""
+  almostgpt info --check --backend emulator --capability 9.0      the CUDA kernels, on a CPU
+  almostgpt info --plan --config gpt2-124m                        what a training run would take"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class InfoArguments:
 
 
 def run(arguments: list[str]) -> int:
+    if "--plan" in arguments:  # it takes the settings of a training run, and not what follows here
+        return run_plan([argument for argument in arguments if argument != "--plan"])
     given = parse(InfoArguments, arguments, prog="almostgpt info", description=DESCRIPTION)
     if given.check:
         return run_checks(given)
@@ -116,9 +123,16 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     x = torch.zeros(2, 64, 768, device=device, dtype=dtype)
     q = torch.zeros(1, 12, 64, 64, device=device, dtype=dtype)
+    ids = torch.zeros(64, device=device, dtype=torch.int64)
     return [
         ("rms_norm", (x, torch.ones(768, device=device, dtype=dtype)), {}),
+        ("rope", (q.transpose(1, 2), *(q.new_zeros(64, 32, dtype=torch.float32),) * 2), {}),
         ("flash_attention", (q, q, q), {"causal": True}),
+        ("cross_entropy", (x[0], ids), {}),
+        ("linear_cross_entropy", (x[0], x[1], ids), {}),
+        ("swiglu", (x,), {}),
+        ("gelu", (x,), {"approximate": "tanh"}),
+        ("relu_squared", (x,), {}),
     ]
 
 
@@ -158,23 +172,26 @@ def run_checks(given: InfoArguments) -> int:
     """Checks what is asked for, prints the outcome and returns the exit code."""
     emulated = _emulated(given)
     device = pick_device("cpu" if emulated and given.device == "auto" else given.device)
-    place = "emulator" if emulated else "cuda" if device.type == "cuda" else "cpu"
+    place = "cuda" if device.type == "cuda" else "cpu"
+    if emulated or (given.backend == "triton" and place == "cpu"):  # Triton's interpreter
+        place = "emulator"
     dtype = given.dtype or ("fp32" if place == "cpu" else "bf16")
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {not_one_of(dtype, DTYPES)}")
     results, left_out = [], {}
-    with _forced_backend(given):
-        for name, case in _asked(given).items():
-            shape = case.shapes[place] if given.shape is None else _shape(given.shape)
-            try:
+    for name, case in _asked(given).items():
+        shape = case.shapes[place] if given.shape is None else _shape(given.shape)
+        forced = _forced_backend(given, case.op)
+        try:
+            with forced:
                 results.append(check(name, shape, dtype, device))
-            except UserError as error:
-                if given.op is not None:
-                    raise
-                left_out[name] = str(error)  # not every op has every backend
-            except torch.OutOfMemoryError:
-                sizes = "x".join(map(str, shape))
-                raise UserError(f"{name} of {sizes} and its copy in float64 do not fit") from None
+        except UserError as error:
+            if given.op is not None:
+                raise
+            left_out[name] = str(error)  # not every op has every backend
+        except torch.OutOfMemoryError:
+            sizes = "x".join(map(str, shape))
+            raise UserError(f"{name} of {sizes} and its copy in float64 do not fit") from None
     if not results:
         raise UserError("nothing to check: " + "; ".join(dict.fromkeys(left_out.values())))
     if given.json:
@@ -207,12 +224,13 @@ def _shape(text: str) -> tuple[int, ...]:
         raise UserError(f"--shape is {text!r}, not whole numbers such as 4096x4096") from None
 
 
-def _forced_backend(given: InfoArguments) -> AbstractContextManager:
+def _forced_backend(given: InfoArguments, op: str) -> AbstractContextManager:
     if given.capability is not None and not _emulated(given):
         raise UserError("--capability is of the card that the emulator plays: --backend emulator")
     if given.capability is not None:
-        return kernels.use_backend("emulator", capability=_capability(given.capability))
-    return nullcontext() if given.backend is None else kernels.use_backend(given.backend)
+        card = _capability(given.capability)
+        return kernels.use_backend("emulator", ops=[op], capability=card)
+    return nullcontext() if given.backend is None else kernels.use_backend(given.backend, ops=[op])
 
 
 def _emulated(given: InfoArguments) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from collections.abc import Callable
+from functools import partial
 
+from torch import Tensor, nn
+
+from almostgpt import kernels
 from almostgpt.config import GPTConfig
 
 
-class GELU(nn.Module):
-    """down(gelu(up(x))), with the exact GELU (Hendrycks & Gimpel 2016)."""
+class _Plain(nn.Module):
+    """down(activation(up(x)))."""
 
-    approximate = "none"
+    activation: Callable[[Tensor], Tensor]
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -19,13 +22,25 @@ class GELU(nn.Module):
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return self.down(self.activation(self.up(x)))
 
 
-class GELUTanh(GELU):
+class GELU(_Plain):
+    """down(gelu(up(x))), with the exact GELU (Hendrycks & Gimpel 2016)."""
+
+    activation = staticmethod(kernels.gelu)
+
+
+class GELUTanh(_Plain):
     """The same with GPT-2's tanh approximation of GELU."""
 
-    approximate = "tanh"
+    activation = staticmethod(partial(kernels.gelu, approximate="tanh"))
+
+
+class ReLUSquared(_Plain):
+    """down(relu(up(x))²) (So et al. 2021, "Primer")."""
+
+    activation = staticmethod(kernels.relu_squared)
 
 
 class SwiGLU(nn.Module):
@@ -37,8 +52,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(kernels.swiglu(self.gate_up(x)))
 
 
-FEEDFORWARDS = {"gelu": GELU, "gelu_tanh": GELUTanh, "swiglu": SwiGLU}
+FEEDFORWARDS = {"gelu": GELU, "gelu_tanh": GELUTanh, "relu2": ReLUSquared, "swiglu": SwiGLU}

@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from almostgpt import kernels
 from almostgpt.config import GPTConfig, model_problems, not_one_of, resolve_model
 from almostgpt.errors import UserError
 from almostgpt.model.attention import ATTENTIONS, Cache
 from almostgpt.model.block import Block
+from almostgpt.model.checkpointing import CHECKPOINTING
 from almostgpt.model.feedforward import FEEDFORWARDS
 from almostgpt.model.norm import NORMS
 from almostgpt.model.position import POSITIONS, positions_in_documents
@@ -136,15 +137,9 @@ class GPT(nn.Module):
             positions = positions_in_documents(cu_seqlens, *ids.shape)
         x = self.dropout(self.position.embed(self.token_embedding(ids), positions))
         residual = None
+        run = CHECKPOINTING[self.config.gradient_checkpointing if self.training else "none"]
         for block in self.blocks:
-            if self.config.gradient_checkpointing and self.training:
-                # Summed first: what enters a block is what is kept of it, one tensor and not two.
-                x = x if residual is None else x + residual
-                x, residual = checkpoint(
-                    block, x, None, self.position, positions, cu_seqlens, cache, use_reentrant=False
-                )
-            else:
-                x, residual = block(x, residual, self.position, positions, cu_seqlens, cache)
+            x, residual = run(block, x, residual, self.position, positions, cu_seqlens, cache)
         if cache is not None:
             cache.advance(T)
 
@@ -153,14 +148,19 @@ class GPT(nn.Module):
                 raise UserError(
                     f"targets have the shape {tuple(targets.shape)}, but ids {tuple(ids.shape)}"
                 )
-            logits = self._logits(self.norm(x, residual)[0]).flatten(0, 1)
-            return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+            # The padding rows make the products aligned; they are no tokens and take no part.
+            loss = kernels.linear_cross_entropy(
+                self.norm(x, residual)[0],
+                self.output_weight,
+                targets,
+                vocab_size=self.config.vocab_size,
+            )
+            return None, loss
         if not all_logits:  # the norm acts on each position alone
             x, residual = x[:, -1:], residual[:, -1:]
         return self._logits(self.norm(x, residual)[0]), None
 
     def _logits(self, x: Tensor) -> Tensor:
-        # The padding rows make the GEMM aligned; they are no tokens and take no part in the softmax.
         return F.linear(x, self.output_weight)[..., : self.config.vocab_size]
 
     @torch.no_grad()

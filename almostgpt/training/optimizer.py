@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from almostgpt.config import OptimizerConfig
 from almostgpt.errors import UserError
+from almostgpt.model import GPT
+from almostgpt.training.muon import Muon
 
 # Devices whose AdamW is one fused kernel, which also reads `found_inf` on the device. On two CPU cores
 # it takes 23 ms for 28 M parameters where the default takes 117.
 FUSED_DEVICES = {"cpu", "cuda", "mps"}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW for every parameter of ``model``; with ``muon``, Muon for the matrices of a GPT's blocks."""
+    groups = _muon_groups(model) if config.name == "muon" else []
+    taken = {parameter for group in groups for parameter in group["params"]}
+    adamw = _adamw([p for p in model.parameters() if p.requires_grad and p not in taken], config)
+    if not groups:
+        return adamw
+    muon = Muon(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return Combined(adamw, muon)
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only: norms and biases have none."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -29,6 +42,40 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         eps=config.eps,
         fused=parameters[0].device.type in FUSED_DEVICES,
     )
+
+
+def _muon_groups(model: GPT) -> list[dict[str, Any]]:
+    """The matrices of the blocks, by what each of them holds: see ``rows`` of :class:`Muon`."""
+    c = model.config
+    queries, keys = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    several = {"qkv.weight": (queries, keys, keys), "gate_up.weight": (c.mlp_hidden, c.mlp_hidden)}
+    groups: dict[tuple[int, ...] | None, list[nn.Parameter]] = {}
+    for name, parameter in model.blocks.named_parameters():
+        if parameter.dim() == 2 and parameter.requires_grad:
+            rows = next((rows for end, rows in several.items() if name.endswith(end)), None)
+            groups.setdefault(rows, []).append(parameter)
+    return [{"params": parameters, "rows": rows} for rows, parameters in groups.items()]
+
+
+class Combined(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: one list of groups, one state, one flag to skip a step.
+
+    So a step is taken by all of them or by none, whoever's gradients overflowed.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets the flag and does not read it
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
+        self.optimizers = optimizers
+        for part in optimizers:  # the groups are shared already: they are the same dicts
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:
+        """Gradients must be unscaled before."""
+        for part in self.optimizers:
+            part.grad_scale, part.found_inf = None, getattr(self, "found_inf", None)
+            part.step()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -63,9 +110,9 @@ class FiniteGuard:
     """Lets no step with a non-finite loss or gradient norm reach the weights.
 
     Where reading a value is free (the CPU) the step is checked at once. Elsewhere a read would make the
-    host wait for the device in every step, so the first bad step is remembered on the device, the fused
-    update reads the flag there (``optimizer.found_inf``) and from then on leaves the weights alone, and
-    :meth:`first_bad_step` is asked at the next log point.
+    host wait for the device in every step, so the first bad step is remembered on the device, the
+    update (of a fused AdamW, or Muon) reads the flag there (``optimizer.found_inf``) and from then on
+    leaves the weights alone, and :meth:`first_bad_step` is asked at the next log point.
     """
 
     def __init__(self, device: torch.device, *, immediate: bool):
@@ -75,10 +122,10 @@ class FiniteGuard:
     def check(self, step: int, *values: Tensor) -> None:
         """Remembers ``step`` if a value is not finite and no earlier step was bad. No host sync."""
         finite = torch.stack([torch.isfinite(value) for value in values]).all()
-        self._first_bad = torch.where((self._first_bad == 0) & ~finite, step, self._first_bad)
+        self._first_bad.masked_fill_((self._first_bad == 0) & ~finite, step)
 
     def hold_back(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tells a fused optimizer's next update to leave the weights alone if a step has been bad."""
+        """Tells the optimizer's next update to leave the weights alone if a step has been bad."""
         optimizer.grad_scale = None
         optimizer.found_inf = (self._first_bad > 0).float()
 

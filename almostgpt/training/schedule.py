@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import math
 
-from almostgpt.config import Config
+from almostgpt.config import Config, ScheduleConfig
 
 
-def _cosine(progress: float) -> float:
+def _progress(step: int, begin: float, end: float) -> float:
+    """How far ``step`` is on the way from ``begin`` to ``end``, in [0, 1]."""
+    return min(1.0, max(0.0, (step - begin) / (end - begin))) if end > begin else 1.0
+
+
+def _cosine(schedule: ScheduleConfig, step: int) -> float:
     """From 1 to 0 along half a cosine (Loshchilov & Hutter 2017)."""
+    progress = _progress(step, schedule.warmup_steps, schedule.decay_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _constant(progress: float) -> float:
+def _wsd(schedule: ScheduleConfig, step: int) -> float:
+    """1 until the last ``decay_fraction`` of ``decay_steps``, then linear to 0 (Hu et al. 2024)."""
+    stable_until = schedule.decay_steps * (1 - schedule.decay_fraction)
+    return 1 - _progress(step, max(schedule.warmup_steps, stable_until), schedule.decay_steps)
+
+
+def _constant(schedule: ScheduleConfig, step: int) -> float:
     return 1.0
 
 
-SCHEDULES = {"cosine": _cosine, "constant": _constant}
+# The share of the way from min_lr up to the peak, at a step after the warm-up.
+SCHEDULES = {"cosine": _cosine, "wsd": _wsd, "constant": _constant}
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -28,6 +41,4 @@ def learning_rate(config: Config, step: int) -> float:
     schedule, peak = config.schedule, config.optimizer.lr
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
-    decay = schedule.decay_steps - schedule.warmup_steps
-    progress = min(1.0, (step - schedule.warmup_steps) / decay) if decay > 0 else 1.0
-    return schedule.min_lr + (peak - schedule.min_lr) * SCHEDULES[schedule.name](progress)
+    return schedule.min_lr + (peak - schedule.min_lr) * SCHEDULES[schedule.name](schedule, step)

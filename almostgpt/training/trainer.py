@@ -18,10 +18,12 @@ from almostgpt import checkpoint
 from almostgpt.config import Config
 from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
-from almostgpt.data.loader import Batch, TokenLoader, document_start
+from almostgpt.data.loader import TokenLoader, document_start
+from almostgpt.data.prefetch import Prefetcher
 from almostgpt.device import random_state, set_random_state
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
+from almostgpt.training.allocator import keep_freed_memory
 from almostgpt.training.metrics import (
     StepLog,
     Stopwatch,
@@ -79,6 +81,8 @@ class Trainer:
             raise UserError(
                 "training.compile needs a C++ compiler on a CPU; install g++ or leave it off"
             )
+        if device.type == "cpu":
+            keep_freed_memory()
         # Before the model is built: a text that is too small is an error now, not in an hour.
         self.loader = self._loader("train")
         self._loader("val")
@@ -101,6 +105,7 @@ class Trainer:
         self.stop_signal: str | None = None
         self._restore(resume_from)
         self._try_out()
+        self.batches = Prefetcher(self.loader, device)
 
     # ------------------------------------------------------------ the loop
 
@@ -117,7 +122,7 @@ class Trainer:
             raise UserError(
                 f"out of memory on {self.device} in step {self.step_number + 1}: lower "
                 "training.batch_size and raise training.accumulate by the same factor, or set "
-                "model.gradient_checkpointing"
+                "model.gradient_checkpointing=selective (less memory still: full)"
             ) from error
         plot_loss(read_metrics(self.run / "metrics.jsonl"), self.run / "loss.png", self.run.name)
         return self.result()
@@ -155,6 +160,7 @@ class Trainer:
                 if self.step_number > saved:  # a signal came between two checkpoints
                     self.save()
         finally:
+            self.batches.close()
             metrics.close()
             self.samples.close()
 
@@ -209,7 +215,7 @@ class Trainer:
         accumulate = self.config.training.accumulate
         total = torch.zeros((), device=self.device)
         for _ in range(accumulate):
-            batch = self._next_batch(self.loader)
+            batch = self.batches.next_batch()
             with self._autocast():
                 _, loss = self.forward(*batch)
                 loss = loss / accumulate
@@ -236,14 +242,14 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss in nats per token over the same ``training.eval_batches`` batches every time."""
-        loader = self._loader("val")
         total = torch.zeros((), device=self.device)
         self.model.eval()
-        for _ in range(self.config.training.eval_batches):
-            batch = self._next_batch(loader)
-            with self._autocast():
-                _, loss = self.forward(*batch)
-            total += loss
+        with Prefetcher(self._loader("val"), self.device) as batches:
+            for _ in range(self.config.training.eval_batches):
+                batch = batches.next_batch()
+                with self._autocast():
+                    _, loss = self.forward(*batch)
+                total += loss
         self.model.train()
         return float(total) / self.config.training.eval_batches
 
@@ -261,16 +267,6 @@ class Trainer:
             end_of_text=document_start(self.config.data.documents, self.dataset.tokenizer),
             split=split,
         )
-
-    def _next_batch(self, loader: TokenLoader) -> Batch:
-        return Batch(*(self._on_device(part) for part in loader.next_batch()))
-
-    def _on_device(self, part: Tensor | None) -> Tensor | None:
-        if part is None:
-            return None
-        if self.device.type == "cuda":  # from pinned memory the copy overlaps with earlier kernels
-            part = part.pin_memory()
-        return part.to(self.device, non_blocking=True)
 
     def _autocast(self):
         dtype = AUTOCAST.get(self.config.training.precision)
@@ -342,7 +338,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "last": finite(self.last),
                 "data": self.dataset.fingerprint,
-                "loader": self.loader.state_dict(),
+                "loader": self.batches.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "random": random_state(self.device),
             },

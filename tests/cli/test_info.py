@@ -1,4 +1,4 @@
-"""``almostgpt info --check``: what is right passes, what is wrong does not, mistakes are named."""
+"""``almostgpt info --check`` and ``--plan``: what is right passes, what is wrong is named."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from almostgpt.kernels import check as checks
 from almostgpt.kernels import emulator
 from almostgpt.kernels.dispatch import Kernel
 from almostgpt.kernels.rms_norm import reference
+from almostgpt.training import plan as training_plan
 
 RMS_NORM = ["info", "--check", "--device=cpu", "--op=rms_norm", "--shape=5x24"]
 
@@ -106,7 +107,7 @@ def test_a_rate_is_of_what_takes_the_card_longer(monkeypatch):
 
     def speeds(name, shape):
         return checks._speeds(
-            checks.CASES[name], None, {"x": torch.empty(shape, device="meta")}, []
+            checks.CASES[name], shape, None, {"x": torch.empty(shape, device="meta")}, []
         )
 
     forward, backward = speeds("rms_norm", (10**5, 10**4))  # fp32: 4 GB a tensor
@@ -140,7 +141,7 @@ def test_on_a_gpu_it_measures(capsys):
         (["--dtype", "int8"], "not one of bf16, fp16, fp32"),
         (["--backend", "cdua"], "no backend named 'cdua'"),
         (["--backend", "cuda", "--op", "rms_norm"], "cannot run rms_norm"),
-        (["--backend", "triton"], "nothing to check"),
+        (["--backend", "cuda"], "nothing to check"),
         (["--capability", "9.0"], "--backend emulator"),
         (["--backend", "emulator", "--capability", "ninety"], "not a number such as 9.0"),
         (["--backend", "emulator", "--capability", "7.5"], "capability must be one of"),
@@ -169,3 +170,62 @@ def test_the_emulator_is_checked_and_ops_without_it_are_left_out(capability, cap
     checked = {found["case"] for found in report["checks"]}
     assert {"rms_norm", "rms_norm with a residual"} <= checked
     assert checked | set(report["left_out"]) == set(checks.CASES)
+
+
+# ---------------------------------------------------------------- --plan
+
+PLAN = ["info", "--plan", "--device=cpu", "--config=shakespeare-char-cpu"]
+TINY = ["--model.n-layer=3", "--model.block-size=16", "--training.batch-size=2"]
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """So that the largest micro-batch is found soon."""
+    monkeypatch.setattr(training_plan, "free_memory", lambda device: 10**8)
+
+
+def test_a_plan_says_what_training_takes(capsys, little_memory):
+    settings = ["--model.vocab-size=65", "--training.steps=200", "--training.eval-every=100"]
+    assert main([*PLAN, *TINY, *settings, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # GPT-2's plain block of width 128, three of them; LayerNorms without biases; 128 rows of 65 ids.
+    block = 2 * 128 + 128 * 3 * 128 + 128 * 128 + 2 * 128 * 512
+    assert plan["parameters"] == 3 * block + 128 + 128 * 128
+    assert plan["config"] == "shakespeare-char-cpu" and plan["device"] == "cpu"
+    assert plan["tokens_per_step"] == 32 and plan["tokens"] == 6400 and plan["notes"] == []
+    kinds = plan["checkpointing"]
+    assert list(kinds) == ["none", "selective", "full"]
+    assert kinds["full"]["activations"] < kinds["selective"]["activations"]
+    assert kinds["selective"]["activations"] < kinds["none"]["activations"] < kinds["none"]["peak"]
+    assert all(kind["gradients"] == 4 * plan["parameters"] for kind in kinds.values())
+    rows = plan["fit"]["largest_micro_batch"]  # a row takes what 16 tokens do
+    assert kinds["none"]["peak"] < 10**8 and 90 < rows < 10**4
+    duration = plan["duration"]
+    assert duration["run"] == pytest.approx(200 * duration["step"] + duration["evaluation"])
+    assert duration["measured"] == "steps of the whole model with 2 of 2 rows"
+
+
+def test_a_plan_is_shown_in_tables(capsys, little_memory):
+    assert main([*PLAN, *TINY, "--model.gradient-checkpointing=full"]) == 0
+    out = capsys.readouterr().out
+    for words in ("parameters", "FLOPs", "optimizer", "full (chosen)", "largest micro-batch"):
+        assert words in out
+    assert "it ends at" in out and "note: a vocabulary of 128 characters is assumed" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--config=nope"], "no configuration named 'nope'"),
+        (["--device=cuda:99"], "torch sees"),
+        (["--model.n-head=7"], "not a multiple of model.n_head (7)"),
+        (["--model.norm=rsmnorm"], "did you mean rmsnorm"),
+        (["--data.tokenizer=bytes"], "did you mean byte"),
+        (["--model.n-embd=65536", "--model.n-layer=9"], "not even one layer would fit"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments, expected, capsys):
+    assert main([*PLAN, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert expected in err and err.startswith("error: ") and "Traceback" not in err
+    assert out == ""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from almostgpt import kernels
+from almostgpt.data.prefetch import Prefetcher
 from almostgpt.training.schedule import learning_rate
 from almostgpt.training.trainer import Trainer, TrainingDiverged
 
@@ -55,7 +56,11 @@ def test_20_steps_on_our_kernels_and_on_the_reference(make_trainer, precision):
     {"training.precision": "fp32"},
     {"training.precision": "bf16", "training.accumulate": 2},
     {"training.precision": "fp16"},
-], ids=["fp32", "bf16-accumulate", "fp16"])  # fmt: skip
+    {"training.precision": "bf16", "optimizer.name": "muon"},
+    {"training.precision": "fp16", "optimizer.name": "muon"},
+    {"training.precision": "bf16", "model.gradient_checkpointing": "selective"},
+    {"training.precision": "bf16", "data.documents": "packed"},
+], ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
 def test_no_step_waits_for_the_device(make_trainer, no_host_sync, settings):
     trainer = make_trainer(**settings)
     take_steps(trainer, 2)  # allocators and libraries may wait while they start
@@ -63,9 +68,10 @@ def test_no_step_waits_for_the_device(make_trainer, no_host_sync, settings):
     take_steps(trainer, 3)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_nan_never_reaches_the_weights(make_trainer, no_host_sync, precision):
-    trainer = make_trainer(**{"training.precision": precision})
+def test_a_nan_never_reaches_the_weights(make_trainer, no_host_sync, precision, optimizer):
+    trainer = make_trainer(**{"training.precision": precision, "optimizer.name": optimizer})
     take_steps(trainer, 2)
     poison(trainer, [1.0, float("nan"), 1.0, 1.0])
     no_host_sync()
@@ -79,8 +85,9 @@ def test_a_nan_never_reaches_the_weights(make_trainer, no_host_sync, precision):
         trainer._raise_if_diverged()
 
 
-def test_fp16_scales_the_loss(make_trainer):
-    trainer = make_trainer(**{"training.precision": "fp16"})
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fp16_scales_the_loss(make_trainer, optimizer):
+    trainer = make_trainer(**{"training.precision": "fp16", "optimizer.name": optimizer})
     losses = numbers(take_steps(trainer, 30))
     assert losses[-1] < losses[0] - 0.5
     trainer._raise_if_diverged()
@@ -94,9 +101,14 @@ def test_fp16_scales_the_loss(make_trainer):
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", [*PRECISIONS, "fp16"])
-def test_a_resumed_run_goes_on(make_trainer, precision):
-    settings = {"training.precision": precision, "model.dropout": 0.1}
+def test_a_resumed_run_goes_on(make_trainer, precision, optimizer):
+    settings = {
+        "training.precision": precision,
+        "model.dropout": 0.1,
+        "optimizer.name": optimizer,
+    }
     whole = numbers(take_steps(make_trainer("whole", **settings), 12))
     first = make_trainer("resumed", **settings)
     take_steps(first, 6)
@@ -107,7 +119,45 @@ def test_a_resumed_run_goes_on(make_trainer, precision):
     assert numbers(take_steps(second, 6)) == pytest.approx(whole[6:], abs=5e-3)
 
 
-def test_the_compiled_trainer_trains(make_trainer):
-    trainer = make_trainer(**{"training.compile": True, "training.precision": "bf16"})
+def test_prepared_batches_arrive_whole(make_trainer):
+    """The loader's own, though the device is behind and the thread ahead."""
+    trainer = make_trainer(**{"data.documents": "packed"})
+    expected = trainer._loader("train")
+    busy = torch.randn(4096, 4096, device=trainer.device)
+    sums, right = [], []
+    with Prefetcher(trainer._loader("train"), trainer.device, ahead=3) as batches:
+        for _ in range(50):
+            batch = batches.next_batch()
+            busy = torch.nn.functional.normalize(busy @ busy)  # what is queued before the use
+            sums.append(torch.stack([part.double().sum() for part in batch]))
+            del batch  # its memory may be reused once the sums are done, not before
+            right.append([part.double().sum().item() for part in expected.next_batch()])
+    assert torch.stack(sums).tolist() == right
+
+
+def test_checkpointing_saves_memory_and_changes_nothing(make_trainer):
+    """Bytes at the peak of a step whose activations outweigh all else."""
+    settings = {"training.precision": "bf16", "training.batch_size": 256, "model.n_layer": 4}
+    losses, peaks = {}, {}
+    for kind in ("none", "selective", "full"):
+        trainer = make_trainer(kind, **settings, **{"model.gradient_checkpointing": kind})
+        take_steps(trainer, 1)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        losses[kind] = numbers(take_steps(trainer, 3))
+        peaks[kind] = torch.cuda.max_memory_allocated() - held
+    assert peaks["none"] > peaks["selective"] > peaks["full"]
+    for kind in ("selective", "full"):
+        assert losses[kind] == pytest.approx(losses["none"], abs=2e-3)
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"model.gradient_checkpointing": "selective"},
+    {"model.gradient_checkpointing": "full"},
+    {"optimizer.name": "muon"},
+], ids=lambda settings: "-".join(settings.values()) or "plain")  # fmt: skip
+def test_the_compiled_trainer_trains(make_trainer, settings):
+    trainer = make_trainer(**settings, **{"training.compile": True, "training.precision": "bf16"})
     losses = numbers(take_steps(trainer, 20))
     assert losses[-1] < losses[0] - 0.5

@@ -41,8 +41,17 @@ def test_a_forced_backend_never_falls_back():
         assert kernels.explain("rms_norm", X, W).backend == "reference"
     with kernels.use_backend("cuda"), pytest.raises(UserError, match="'cuda'.*are on cpu"):
         kernels.rms_norm(X, W)
-    with kernels.use_backend("triton"), pytest.raises(UserError, match="no triton kernel"):
+    with kernels.use_backend("triton", ops=["rms_norm"]):
+        with pytest.raises(UserError, match="no triton kernel"):
+            kernels.rms_norm(X, W)
+
+
+def test_an_op_without_a_kernel_of_the_forced_backend_is_left_alone():
+    with kernels.use_backend("triton"):
+        assert kernels.explain("rms_norm", X, W).backend == "reference"
         kernels.rms_norm(X, W)
+    with kernels.use_backend("reference"), kernels.use_backend("triton"):
+        assert kernels.explain("rms_norm", X, W).reasons["emulator"] != "it runs only when forced"
     kernels.rms_norm(X, W)
 
 
@@ -62,7 +71,7 @@ def test_of_nested_blocks_the_innermost_that_is_for_the_op_holds():
     def backends():
         return [
             dispatch.forced(op) and dispatch.forced(op).backend
-            for op in ("rms_norm", "flash_attention")
+            for op in (kernels.OPS["rms_norm"], kernels.OPS["flash_attention"])
         ]
 
     assert backends() == [None, None]
@@ -161,7 +170,8 @@ def test_an_unknown_name_in_the_environment_is_named_at_the_first_call():
 def test_the_first_that_serves_runs_and_the_emulator_only_when_forced():
     def kernel(backend, refusal=None):
         # The emulator's run takes the card first.
-        return Kernel(backend, backend, lambda card, x: refusal, lambda *args: backend)
+        forced = backend == "emulator"
+        return Kernel(backend, backend, lambda card, x: refusal, lambda *args: backend, forced)
 
     op = Op("op", lambda x: None, tuple(kernel(name) for name in ("emulator", "cuda", "reference")))
     assert op(1) == "cuda"

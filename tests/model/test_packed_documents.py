@@ -117,13 +117,13 @@ def test_a_document_a_row_is_the_model_without_documents():
 
 def test_gradient_checkpointing_changes_nothing():
     ids, cu_seqlens, gradients = random_ids(0), int32([0, 5, T, 2 * T, 30, 3 * T]), []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "selective", "full"):
         model = make(gradient_checkpointing=checkpointing, dropout=0.2).train()
         torch.manual_seed(7)
         model(ids, ids, cu_seqlens)[1].backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+    for plain, *recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, gradient) for gradient in recomputed)
 
 
 @position
@@ -160,7 +160,7 @@ def _compiles_once(backend: str, **options) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_other_documents_compile_nothing_anew(checkpointing):
     _compiles_once("aot_eager", gradient_checkpointing=checkpointing)
 
@@ -169,6 +169,12 @@ def test_other_documents_compile_nothing_anew(checkpointing):
 @position
 def test_compiled_by_inductor(position):
     _compiles_once("inductor", position=position)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_compiled_by_inductor_with_checkpointing(checkpointing):
+    _compiles_once("inductor", gradient_checkpointing=checkpointing)
 
 
 def test_bad_calls_are_named():

@@ -20,7 +20,7 @@ from almostgpt.training.run import (
     stored_config,
     write_config,
 )
-from almostgpt.training.schedule import learning_rate
+from almostgpt.training.schedule import SCHEDULES, learning_rate
 
 
 def test_schedule_against_nanogpts_formula():
@@ -39,11 +39,51 @@ def test_schedule_against_nanogpts_formula():
     assert learning_rate(config, 2000) == learning_rate(config, 10**6) == pytest.approx(1e-4)
 
 
-@given(st.integers(0, 50), st.integers(1, 50), st.sampled_from(["cosine", "constant"]))
-def test_schedule_stays_between_zero_and_peak(warmup, decay, name):
+def wsd(**changes):
+    settings = {
+        "optimizer.lr": 1e-3,
+        "schedule.name": "wsd",
+        "schedule.min_lr": 1e-4,
+        "schedule.warmup_steps": 100,
+        "schedule.decay_fraction": 0.2,
+        "training.steps": 2000,
+        **{f"schedule.{key}": value for key, value in changes.items()},
+    }
+    return resolve(overlay(Config(), settings))
+
+
+def test_wsd_is_flat_and_then_a_straight_line():
+    config = wsd()
+    assert learning_rate(config, 50) == pytest.approx(5e-4)
+    assert {learning_rate(config, step) for step in range(100, 1601)} == {1e-3}
+    assert learning_rate(config, 1700) == pytest.approx(1e-3 - 9e-4 / 4)
+    assert learning_rate(config, 1800) == pytest.approx(1e-3 - 9e-4 / 2)
+    assert learning_rate(config, 2000) == learning_rate(config, 2500) == pytest.approx(1e-4)
+    whole = wsd(decay_fraction=1.0)  # never before the warm-up is over
+    assert learning_rate(whole, 100) == 1e-3
+    assert learning_rate(whole, 1050) == pytest.approx(5.5e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_more_steps_change_no_rate_of_the_first_ones(name):
+    stored = wsd(name=name)
+    longer = resume_config(stored, resolve(overlay(stored, {"training.steps": 9000})))
+    rates = [learning_rate(longer, step) for step in range(1, 4000)]
+    assert rates[:2000] == [learning_rate(stored, step) for step in range(1, 2001)]
+    assert set(rates[2000:]) == {rates[1999]}
+
+
+@given(
+    st.integers(0, 50),
+    st.integers(1, 50),
+    st.floats(0, 1, exclude_min=True),
+    st.sampled_from(sorted(SCHEDULES)),
+)
+def test_schedule_stays_between_zero_and_peak(warmup, decay, fraction, name):
     settings = {
         "schedule.warmup_steps": warmup,
         "schedule.decay_steps": decay,
+        "schedule.decay_fraction": fraction,
         "schedule.name": name,
     }
     config = resolve(overlay(Config(), settings))

@@ -565,6 +565,24 @@ def test_fp16_resumes_with_its_loss_scale(text):
     assert [line[:3] for line in losses("half")] == [line[:3] for line in losses("whole")]
 
 
+def test_muon_wsd_and_checkpointing_resume_too(text):
+    changes = {
+        "optimizer.name": "muon",
+        "schedule.name": "wsd",
+        "schedule.decay_steps": 20,
+        "schedule.decay_fraction": 0.5,
+        "model.gradient_checkpointing": "selective",
+    }
+    assert train(*options(text, "whole", **changes, **{"training.steps": 20})) == 0
+    assert train(*options(text, "half", **changes, **{"training.steps": 12})) == 0
+    assert train("--out", "half", "--resume", "--training.steps=20") == 0
+    assert [line[:3] for line in losses("half")] == [line[:3] for line in losses("whole")]
+    lines = [json.loads(line) for line in Path("half/metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines]
+    assert set(rates[4:10]) == {0.003} and rates[15 - 1] == pytest.approx(0.003 - 0.0027 / 2)
+    assert train("--out", "half", "--resume", "--optimizer.name=adamw") == 2
+
+
 @pytest.mark.slow
 def test_compiled_training_follows_eager(text):
     changes = {"model.dropout": 0.0, "training.steps": 20}

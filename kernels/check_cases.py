@@ -1,0 +1,277 @@
+"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that must be done: elements read or written, each once, and operations."""
+
+    elements: int
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op.
+
+    Attributes:
+        op: its name in ``kernels.OPS``.
+        dimensions: what a shape of it means, for messages.
+        inputs: the op's positional arguments, by name, from a shape and a source of tensors.
+        plain: the definition, in the dtype of its inputs; it takes what the op takes.
+        outputs: names of what it returns.
+        work: from a shape, of ``"forward"`` and ``"backward"``.
+        shapes: what is checked where no shape is given: on ``"cuda"``, another device (``"cpu"``),
+            or in the ``"emulator"``.
+        options: keyword arguments of the op.
+        constants: more of them: the tensors that have no gradient, by name, from a shape.
+        output: the shape of each output.
+    """
+
+    op: str
+    dimensions: str
+    inputs: Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor | float]]
+    plain: Callable[..., Tensor | tuple[Tensor, ...]]
+    outputs: tuple[str, ...]
+    work: Callable[[Shape], dict[str, Work]]
+    shapes: dict[str, Shape]
+    options: dict[str, object] = field(default_factory=dict)
+    constants: Callable[[Shape], dict[str, Tensor]] = lambda shape: {}
+    output: Callable[[Shape], Shape] = lambda shape: shape
+
+
+# ---------------------------------------------------------------- the cases
+
+
+def _plain_rms_norm(x, weight, eps, residual=None):
+    total = x if residual is None else x + residual
+    y = total * torch.rsqrt((total * total).mean(-1, keepdim=True) + eps) * weight
+    return y if residual is None else (y, total)
+
+
+def _plain_attention(q, k, v, *, causal, window=None, softcap=0.0):
+    def one_head(q, k, v):
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if causal:
+            sees = torch.ones_like(scores, dtype=torch.bool).tril()
+            if window is not None:
+                sees = sees.triu(-window[0])
+            scores = scores.masked_fill(~sees, -math.inf)
+        return scores.softmax(-1) @ v
+
+    # Of one head at a time, so that (T, T) matrices in float64 fit for long sequences too.
+    heads = zip(*(t.flatten(0, 1) for t in (q, k, v)), strict=True)
+    return torch.stack(
+        [checkpoint(one_head, *head, use_reentrant=False) for head in heads]
+    ).view_as(q)
+
+
+def _plain_swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def _plain_gelu(x, approximate="none"):
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _plain_relu_squared(x):
+    return x.clamp(min=0).square()
+
+
+def _plain_rope(x, cos, sin, positions):
+    half = cos.shape[1]
+    cos, sin = (table[positions].unsqueeze(-2).to(x.dtype) for table in (cos, sin))
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def _plain_cross_entropy(logits, targets, **options):
+    """Of every row; in the arithmetic of the logits, as all of these are."""
+    return torch.logsumexp(logits, -1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _plain_linear_cross_entropy(hidden, weight, targets, **options):
+    return _plain_cross_entropy(hidden @ weight.t(), targets)
+
+
+_RMS_NORM = Case(
+    "rms_norm",
+    dimensions="ROWSxWIDTH",
+    inputs=lambda shape, normal: {"x": normal(shape), "weight": normal(shape[-1:]), "eps": 1e-5},
+    plain=_plain_rms_norm,
+    outputs=("y",),
+    work=lambda shape: {
+        "forward": Work(2 * math.prod(shape)),  # x, y
+        "backward": Work(3 * math.prod(shape)),  # dy, x, dx
+    },
+    shapes={"cuda": (8192, 4096), "cpu": (512, 768), "emulator": (6, 1000)},
+)
+
+_ADD_RMS_NORM = Case(
+    "rms_norm",
+    dimensions="ROWSxWIDTH",
+    inputs=lambda shape, normal: {
+        **_RMS_NORM.inputs(shape, normal),
+        "residual": normal(shape),
+    },
+    plain=_plain_rms_norm,
+    outputs=("y", "sum"),
+    work=lambda shape: {
+        "forward": Work(4 * math.prod(shape)),  # x, residual, sum, y
+        "backward": Work(4 * math.prod(shape)),  # dy, dsum, sum, dx
+    },
+    shapes=_RMS_NORM.shapes,
+)
+
+
+def _attention(causal: bool, **options) -> Case:
+    def work(shape: Shape) -> dict[str, Work]:
+        B, H, T, D = shape
+        seen = T * T / 2 if causal else T * T  # pairs of a query and a key
+        if "window" in options:
+            seen = min(seen, T * (options["window"][0] + 1))
+        elements, flops = B * H * T * D, 4 * B * H * seen * D
+        return {
+            "forward": Work(4 * elements, flops),  # q, k, v, out
+            "backward": Work(8 * elements, 2.5 * flops),  # these, and their gradients
+        }
+
+    return Case(
+        "flash_attention",
+        dimensions="BxHxTxD",
+        inputs=lambda shape, normal: {name: normal(shape) for name in "qkv"},
+        plain=_plain_attention,
+        outputs=("out",),
+        work=work,
+        shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
+        options={"causal": causal, **options},
+    )
+
+
+def _activation(op: str, plain, **options) -> Case:
+    gated = op == "swiglu"
+
+    def work(shape: Shape) -> dict[str, Work]:
+        elements, read = math.prod(shape), 2 if gated else 1
+        return {"forward": Work((read + 1) * elements), "backward": Work((2 * read + 1) * elements)}
+
+    def inputs(shape: Shape, normal) -> dict[str, Tensor | float]:
+        if gated:
+            return {"gate_up": normal((*shape[:-1], 2 * shape[-1]))}
+        return {"x": normal(shape)}
+
+    return Case(
+        op,
+        dimensions="ROWSxHIDDEN",
+        inputs=inputs,
+        plain=plain,
+        outputs=("y",),
+        work=work,
+        shapes={"cuda": (8192, 4096), "cpu": (512, 768), "emulator": (6, 1000)},
+        options=options,
+    )
+
+
+def _rope(rotated: float = 1.0, documents: int = 1) -> Case:
+    """Of a share of the dimensions; each row holds that many documents end to end."""
+
+    def constants(shape: Shape) -> dict[str, Tensor]:
+        B, T, _, D = shape
+        half = int(rotated * D) // 2
+        turns = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / max(half, 1))
+        angles = torch.outer(torch.arange(T, dtype=torch.float64), turns)
+        positions = torch.arange(T).expand(B, T) % -(-T // documents)
+        return {"cos": angles.cos().float(), "sin": angles.sin().float(), "positions": positions}
+
+    return Case(
+        "rope",
+        dimensions="BxTxHEADSxD",
+        inputs=lambda shape, normal: {"x": normal(shape)},
+        plain=_plain_rope,
+        outputs=("y",),
+        work=lambda shape: dict.fromkeys(("forward", "backward"), Work(2 * math.prod(shape))),
+        shapes={"cuda": (8, 4096, 40, 128), "cpu": (2, 64, 12, 64), "emulator": (1, 8, 2, 16)},
+        constants=constants,
+    )
+
+
+def _targets(rows: int, vocab_size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"targets": torch.randint(vocab_size, (rows,), generator=generator)}
+
+
+_CROSS_ENTROPY = Case(
+    "cross_entropy",
+    dimensions="ROWSxVOCABULARY",
+    inputs=lambda shape, normal: {"logits": normal(shape)},
+    plain=_plain_cross_entropy,
+    outputs=("losses",),
+    work=lambda shape: {
+        "forward": Work(math.prod(shape)),
+        "backward": Work(2 * math.prod(shape)),  # logits, dlogits
+    },
+    shapes={"cuda": (8192, 50304), "cpu": (64, 5000), "emulator": (6, 1000)},
+    options={"reduction": "none"},
+    constants=lambda shape: _targets(*shape),
+    output=lambda shape: shape[:1],
+)
+
+
+def _linear_cross_entropy_work(shape: Shape) -> dict[str, Work]:
+    tokens, width, vocab_size = shape
+    product = 2 * math.prod(shape)
+    elements = tokens * width + vocab_size * width
+    # Each with a gradient of its own, so backward computes the logits again.
+    return {"forward": Work(elements, product), "backward": Work(2 * elements, 3 * product)}
+
+
+_LINEAR_CROSS_ENTROPY = Case(
+    "linear_cross_entropy",
+    dimensions="TOKENSxWIDTHxVOCABULARY",
+    inputs=lambda shape, normal: {
+        "hidden": normal(shape[:2]),
+        "weight": normal((shape[2], shape[1])),
+    },
+    plain=_plain_linear_cross_entropy,
+    outputs=("losses",),
+    work=_linear_cross_entropy_work,
+    shapes={"cuda": (8192, 768, 50304), "cpu": (64, 64, 5000), "emulator": (6, 16, 1000)},
+    options={"reduction": "none"},
+    constants=lambda shape: _targets(shape[0], shape[2]),
+    output=lambda shape: shape[:1],
+)
+
+
+CASES: dict[str, Case] = {
+    "rms_norm": _RMS_NORM,
+    "rms_norm with a residual": _ADD_RMS_NORM,
+    "rope": _rope(),
+    "rope, packed documents": _rope(documents=3),
+    "rope, a quarter of the dimensions": _rope(rotated=0.25),
+    "flash_attention": _attention(causal=False),
+    "flash_attention, causal": _attention(causal=True),
+    "flash_attention, window": _attention(causal=True, window=(50, 0)),
+    "flash_attention, softcap": _attention(causal=True, softcap=20.0),
+    "cross_entropy": _CROSS_ENTROPY,
+    "linear_cross_entropy": _LINEAR_CROSS_ENTROPY,
+    "swiglu": _activation("swiglu", _plain_swiglu),
+    "gelu": _activation("gelu", _plain_gelu),
+    "gelu, tanh": _activation("gelu", _plain_gelu, approximate="tanh"),
+    "relu_squared": _activation("relu_squared", _plain_relu_squared),
+}
