@@ -108,6 +108,7 @@ class TrainingConfig:
     sample_every: int = 0  # steps between samples from the model; 0: none
     sample_tokens: int = 200  # length of such a sample
     precision: str = "fp32"  # fp32 | bf16 (autocast) | fp16 (autocast and loss scaling)
+    matmul: str = "highest"  # float32 products: highest | high (TF32 on a GPU) | medium (bf16, too)
     compile: bool = False  # torch.compile the model
 
 
@@ -246,6 +247,7 @@ def config_problems(config: Config) -> list[str]:
             problems.append(f"{key} is {values[key]}, but must be at least {minimum}")
     choices = {
         "training.precision": ("fp32", "bf16", "fp16"),
+        "training.matmul": ("highest", "high", "medium"),
         "schedule.name": ("cosine", "wsd", "constant"),
         "optimizer.name": ("adamw", "muon"),
         "data.split": ("tail", "document"),

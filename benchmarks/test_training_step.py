@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from almostgpt.config import Config, resolve
+from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
 from almostgpt.data.shards import open_shard, write_shard
@@ -69,9 +69,14 @@ def test_training_step(case: Case, compiled: bool, race, report, benchmark, tmp_
     config = case_config(case, compiled)
     write_tokens(tmp_path, config.model.vocab_size)
     makers = {"almostgpt": (make_ours, config, tmp_path), "plain": (make_plain, config, tmp_path)}
+    if case_is_large(case) and not compiled:  # where products take nearly all of the time
+        medium = overlay(config, {"training.matmul": "medium"})
+        makers["almostgpt, matmul medium"] = (make_ours, medium, tmp_path)
     with steppers(makers) as peers:
         losses = {name: stepper.made for name, stepper in peers.items()}
-        assert math.isclose(*losses.values(), rel_tol=1e-5 if config_is_exact(config) else 1e-2)
+        exact = config.training.precision == "fp32"
+        for loss in losses.values():
+            assert math.isclose(loss, losses["plain"], rel_tol=1e-4 if exact else 1e-2)
         calls = CALLS[case]
         timers = {name: stepper.seconds for name, stepper in peers.items()}
         result = race(timers, lambda peer: peer(calls), seconds=SECONDS)
@@ -101,8 +106,8 @@ def test_training_step(case: Case, compiled: bool, race, report, benchmark, tmp_
     benchmark.extra_info["ratio"] = ratio
 
 
-def config_is_exact(config: Config) -> bool:
-    return config.training.precision == "fp32"
+def case_is_large(case: Case) -> bool:
+    return not ON_CUDA and case not in SMALL
 
 
 def case_config(case: Case, compiled: bool) -> Config:

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from almostgpt.config import Config, overlay
 from almostgpt.model import GPT
-from almostgpt.training.allocator import keep_freed_memory
 from almostgpt.training.metrics import Stopwatch
 from almostgpt.training.optimizer import build_optimizer
+from almostgpt.training.process import prepare
 from almostgpt.training.trainer import AUTOCAST
 
 # What a measured pass may take, and all repetitions of it, in seconds.
@@ -247,8 +247,7 @@ def step_seconds(config: Config, device: torch.device, most_rows: int) -> StepSe
     Args:
         most_rows: a micro-batch that fits into memory, at least 1.
     """
-    if device.type == "cpu":  # as the trainer does, which saves it much time
-        keep_freed_memory()
+    prepare(config, device)
     layers, wanted = config.model.n_layer, config.training.batch_size
     few = min(2, layers)
     fitting = min(wanted, most_rows)

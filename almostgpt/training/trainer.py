@@ -23,7 +23,6 @@ from almostgpt.data.prefetch import Prefetcher
 from almostgpt.device import random_state, set_random_state
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
-from almostgpt.training.allocator import keep_freed_memory
 from almostgpt.training.metrics import (
     StepLog,
     Stopwatch,
@@ -41,6 +40,7 @@ from almostgpt.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from almostgpt.training.process import prepare
 from almostgpt.training.progress import PlainProgress
 from almostgpt.training.schedule import learning_rate
 
@@ -81,8 +81,7 @@ class Trainer:
             raise UserError(
                 "training.compile needs a C++ compiler on a CPU; install g++ or leave it off"
             )
-        if device.type == "cpu":
-            keep_freed_memory()
+        prepare(config, device)
         # Before the model is built: a text that is too small is an error now, not in an hour.
         self.loader = self._loader("train")
         self._loader("val")
@@ -224,10 +223,10 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)  # before clipping: the limit is for true gradients
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.optimizer.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), self.config.optimizer.clip, norm
-            )
+        clip = self.config.optimizer.clip
+        # Where reading the norm costs nothing, gradients that are short enough are not passed over.
+        if clip > 0 and not (self.guard.immediate and norm <= clip):
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
         # Overflowing gradients are what loss scaling expects: it skips the step and lowers the scale.
         self.guard.check(step, *([total] if self.scaler.is_enabled() else [total, norm]))
         if self.guard.immediate:

@@ -1,11 +1,22 @@
-"""A CPU's memory for large tensors, kept instead of handed back."""
+"""What training sets for its whole process: float32 products, and what becomes of freed memory."""
 
 from __future__ import annotations
 
 import ctypes
 
+import torch
+
+from almostgpt.config import Config
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _LARGEST = 2**31 - 1  # mallopt takes an int
+
+
+def prepare(config: Config, device: torch.device) -> None:
+    """Before a model is trained in this process, or its training timed."""
+    torch.set_float32_matmul_precision(config.training.matmul)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:
