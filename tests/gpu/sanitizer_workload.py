@@ -1,4 +1,4 @@
-"""Every CUDA op once on odd shapes: the program that compute-sanitizer watches.
+"""Every op that has a kernel once on odd shapes: the program that compute-sanitizer watches.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python sanitizer_workload.py
 
@@ -75,11 +75,58 @@ def attention_ladder() -> int:
     return len(STEPS)
 
 
-# An op without a CUDA kernel of ours has nothing to watch.
+def activations() -> int:
+    shapes = [(1, 1), (3, 7), (113, 203), (0, 8), (64, 256), (5, 4096)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    functions = [(kernels.swiglu, 2), (kernels.gelu, 1), (kernels.relu_squared, 1)]
+    for shape, dtype, (function, wide) in itertools.product(shapes, dtypes, functions):
+        columns = wide * shape[1]
+        rows = torch.randn(shape[0], columns + 3).to(dtype).cuda()
+        for x in (rows[:, 3:].contiguous(), rows[:, 3:]):
+            x = x.detach().requires_grad_()
+            torch.autograd.grad(function(x), x, torch.randn(shape).to(dtype).cuda())
+    return 2 * len(shapes) * len(dtypes) * len(functions)
+
+
+def rope() -> int:
+    shapes = [(1, 1, 1, 2), (2, 7, 3, 20), (1, 113, 5, 64), (3, 33, 12, 128)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for (B, T, H, D), dtype in itertools.product(shapes, dtypes):
+        fused = torch.randn(B, T, 2 * H, D).to(dtype).cuda()
+        cos, sin = (torch.rand(T + 3, D // 2).cuda() for _ in range(2))
+        positions = torch.arange(T).expand(B, T).contiguous().cuda()
+        for x, where in ((fused[:, :, :H], 3), (fused[:, :, H:], positions)):
+            x = x.detach().requires_grad_()
+            torch.autograd.grad(kernels.rope(x, cos, sin, where), x, torch.ones_like(x))
+        with torch.no_grad():
+            kernels.rope(fused[:, :, :H], cos, sin, inplace=True)
+    return 3 * len(shapes) * len(dtypes)
+
+
+def cross_entropy() -> int:
+    shapes = [(1, 1), (3, 7), (113, 203), (65, 50304)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for (rows, V), dtype in itertools.product(shapes, dtypes):
+        logits = torch.randn(rows, V).to(dtype).cuda().requires_grad_()
+        targets = torch.randint(-1, V, (rows,)).cuda()
+        torch.autograd.grad(kernels.cross_entropy(logits, targets, softcap=5.0), logits)
+        hidden, weight = (torch.randn(n, 16).to(dtype).cuda().requires_grad_() for n in (rows, V))
+        for reduction in ("mean", "none"):
+            loss = kernels.linear_cross_entropy(
+                hidden, weight, targets, reduction=reduction, chunk_bytes=1
+            )
+            torch.autograd.grad(loss.sum(), (hidden, weight))
+    return 3 * len(shapes) * len(dtypes)
+
+
+# An op without a kernel of ours has nothing to watch.
 WORKLOADS = {
     "rms_norm": rms_norm,
     "flash_attention": flash_attention,
     "attention_ladder": attention_ladder,
+    "activations": activations,
+    "rope": rope,
+    "cross_entropy": cross_entropy,
 }
 
 
