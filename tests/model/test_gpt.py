@@ -259,6 +259,22 @@ def test_loss_ignores_minus_one_and_the_padding_rows():
     assert model.token_embedding.weight.grad[31].abs().max() == 0
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_and_its_gradients_are_those_of_the_logits(tied):
+    model = make(tie_weights=tied)
+    ids, targets = random_ids(3, 16), random_ids(3, 16, seed=1)
+    targets[0, :5] = -1
+    logits = model(ids, all_logits=True)[0].flatten(0, 1)
+    plain = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+    expected = torch.autograd.grad(plain, tuple(model.parameters()))
+    loss = model(ids, targets)[1]
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, tuple(model.parameters())), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_every_parameter_gets_a_gradient():
     for norm, feedforward, position, attention in COMBINATIONS:
         model = make(
