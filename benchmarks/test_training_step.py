@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from almostgpt import kernels
 from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
@@ -60,8 +61,25 @@ SECONDS = 10 if ON_CUDA else 8
 STEP = 200  # which step's learning rate; after the warm-up
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+def cases() -> list:
+    """Every case, eager and compiled; to compile a large model for a CPU takes minutes."""
+    return [
+        pytest.param(
+            case,
+            compiled,
+            id=f"{case}-{'compiled' if compiled else 'eager'}",
+            marks=pytest.mark.slow if compiled and case_is_large(case) else (),
+        )
+        for case in CASES
+        for compiled in (False, True)
+    ]
+
+
+def case_is_large(case: Case) -> bool:
+    return not ON_CUDA and case not in SMALL
+
+
+@pytest.mark.parametrize("case, compiled", cases())
 def test_training_step(case: Case, compiled: bool, race, report, benchmark, tmp_path):
     trouble = harness.compile_trouble() if compiled else None
     if trouble:
@@ -72,6 +90,8 @@ def test_training_step(case: Case, compiled: bool, race, report, benchmark, tmp_
     if case_is_large(case) and not compiled:  # where products take nearly all of the time
         medium = overlay(config, {"training.matmul": "medium"})
         makers["almostgpt, matmul medium"] = (make_ours, medium, tmp_path)
+    if ON_CUDA:  # on a CPU that is what ours runs anyway
+        makers["almostgpt, all references"] = (make_reference, config, tmp_path)
     with steppers(makers) as peers:
         losses = {name: stepper.made for name, stepper in peers.items()}
         exact = config.training.precision == "fp32"
@@ -104,10 +124,6 @@ def test_training_step(case: Case, compiled: bool, race, report, benchmark, tmp_
         )
     )
     benchmark.extra_info["ratio"] = ratio
-
-
-def case_is_large(case: Case) -> bool:
-    return not ON_CUDA and case not in SMALL
 
 
 def case_config(case: Case, compiled: bool) -> Config:
@@ -149,6 +165,12 @@ def make_ours(config: Config, folder: Path) -> tuple[Step, float]:
     trainer = Trainer(config, dataset, folder, harness.DEVICE)
     lr = learning_rate(config, STEP)
     return lambda: trainer.step(STEP, lr), first_loss(trainer.model, config)
+
+
+def make_reference(config: Config, folder: Path) -> tuple[Step, float]:
+    """The same without any kernel of ours; the process is its own, so nobody has to undo it."""
+    kernels.use_backend("reference").__enter__()
+    return make_ours(config, folder)
 
 
 def make_plain(config: Config, folder: Path) -> tuple[Step, float]:

@@ -12,8 +12,12 @@ Builds the package for the GPU of this machine and runs one stage, all in under 
   conformance   every device primitive, by csrc/tests/conformance*.cu, whose raw results are kept;
                 then the CUDA kernels against float64 on a fixed grid of shapes
   tests         every test, the slow ones and those in tests/gpu too
-  sanitizer     memcheck, racecheck, synccheck and initcheck over every CUDA op
-  bench         the benchmarks, and a short training run of a real preset (tokens/s, MFU)
+  sanitizer     memcheck, racecheck, synccheck and initcheck over every op with a kernel
+  tune          launch settings of the Triton kernels, measured; leaves the table that
+                kernels/triton_settings.json should become
+  bench         the benchmarks of the kernels
+  training      the benchmark of a training step, and a short training run of a real preset
+                (tokens/s, MFU)
 
   --out DIR        the report folder; default gpu-report/STAGE. An earlier report in it is replaced:
                      machine.txt   hardware, versions, date, commit, and every command
@@ -23,7 +27,7 @@ Builds the package for the GPU of this machine and runs one stage, all in under 
   --python PYTHON  the Python that has torch; default python3. The package is installed into it
                    (editable), or, where it takes no packages, into a venv in build/ that sees its.
   --wheels DIR     install the wheels in DIR into build/ first, for this script alone
-  --text FILE      a text to train on in bench; default: the sources of the standard library
+  --text FILE      a text to train on in training; default: the sources of the standard library
 
 Exit code: 0 when nothing that ran has failed; 1 when something did; 2 for a wrong option.
 
@@ -260,12 +264,33 @@ stage_bench() {
     # A run for each file: one that is stopped takes no other's tables with it.
     for file in benchmarks/test_*.py; do
       name=$(basename "$file" .py) limit=70
+      if [[ $name == test_training_step ]]; then continue; fi # a stage of its own
       if [[ $name == test_attention || $name == test_rms_norm ]]; then limit=200; fi
       run_pytest "$limit" "$name" "$file" --benchmark-only -q --save-results \
         --results-dir "$out/${name#test_}" || true
     done
   else
     leave_out "the benchmarks: missing $missing (see --help, --wheels)"
+  fi
+}
+
+stage_tune() {
+  if [[ -z $gpu ]]; then
+    leave_out "the settings: they are measured on a GPU"
+    return
+  fi
+  step 420 "tune" "$python" scripts/tune_triton.py || true
+  cp kernels/triton_settings.json "$out/"
+}
+
+stage_training() {
+  local missing
+  if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
+  if missing=$(has_modules pytest_benchmark); then
+    run_pytest 280 "training_step" benchmarks/test_training_step.py --benchmark-only -q --save-results \
+      --results-dir "$out/training_step" || true
+  else
+    leave_out "the benchmark: missing $missing (see --help, --wheels)"
   fi
   if missing=$(has_modules tyro rich tiktoken safetensors yaml matplotlib); then
     train_shortly || true
@@ -328,9 +353,9 @@ while (($#)); do
   esac
 done
 case $stage in
-  conformance | tests | sanitizer | bench) ;;
+  conformance | tests | sanitizer | tune | bench | training) ;;
   "") die "--stage is missing" ;;
-  *) die "no stage named $stage; there are conformance, tests, sanitizer and bench" ;;
+  *) die "no stage named $stage; there are conformance, tests, sanitizer, tune, bench and training" ;;
 esac
 python=$(command -v "$python") || die "--python $python: there is no such program"
 "$python" -c 'import torch' 2>/dev/null || die "$python has no torch; name one that has: --python"
