@@ -53,7 +53,7 @@ def with_gradients(function, inputs, upstream):
     """The loss, and the gradients of what requires one."""
     loss = function(*inputs)
     leaves = [t for t in inputs if t.requires_grad]
-    return loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+    return loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss))
 
 
 def doubles(tensors):
@@ -340,8 +340,10 @@ def test_a_compiled_model_has_no_graph_break_and_no_logits_either():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_is_eager(backend, reduction):
     torch._dynamo.reset()
-    hidden, weight = torch.randn(2, 33, 4).requires_grad_(), torch.randn(90, 4).requires_grad_()
-    targets = torch.randint(-1, 80, (2, 33))
+    hidden, weight = (
+        torch.randn(*shape, device=DEVICE).requires_grad_() for shape in ((2, 33, 4), (90, 4))
+    )
+    targets = torch.randint(-1, 80, (2, 33), device=DEVICE)
 
     def loss(*tensors):
         return kernels.linear_cross_entropy(
@@ -357,8 +359,10 @@ def test_compiled_is_eager(backend, reduction):
 
 
 def test_opcheck():
-    hidden, weight = torch.randn(9, 4).requires_grad_(), torch.randn(90, 4).requires_grad_()
-    targets = torch.randint(-1, 80, (9,))
+    hidden, weight = (
+        torch.randn(*shape, device=DEVICE).requires_grad_() for shape in ((9, 4), (90, 4))
+    )
+    targets = torch.randint(-1, 80, (9,), device=DEVICE)
     ops = torch.ops.almostgpt
     options = (-1, 2.0, 80, 5, torch.float32)
     for gradients in (False, True):
@@ -367,12 +371,12 @@ def test_opcheck():
             ops.linear_cross_entropy.default,
             (*tensors, targets, None, *options, gradients, gradients),
         )
-    logits = torch.randn(9, 90).requires_grad_()
+    logits = torch.randn(9, 90, device=DEVICE).requires_grad_()
     torch.library.opcheck(ops.cross_entropy_forward.default, (logits, targets, -1, 0.0))
     losses, lses = ops.cross_entropy_forward(logits, targets, -1, 0.0)
     torch.library.opcheck(
         ops.cross_entropy_backward.default,
-        (torch.ones(9), logits.detach(), targets, lses.detach(), -1, 0.0),
+        (torch.ones(9, device=DEVICE), logits.detach(), targets, lses.detach(), -1, 0.0),
     )
 
 
