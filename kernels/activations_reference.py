@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from almostgpt.kernels.csrc import refuse_transforms
+from almostgpt.kernels.csrc import refuse_derivatives
 
 _aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ def _autograd_alone(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, FakeTensor)
-        and refuse_transforms() is None
+        and refuse_derivatives() is None
         and forward_ad.unpack_dual(x).tangent is None
     )
 

@@ -11,6 +11,8 @@ their gradient; no softmax is ever stored.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,8 +40,8 @@ def cross_entropy(
 
     Args:
         logits: (..., V), V ≥ 1; bfloat16, float16, float32 or float64.
-        targets: (...), int64 or int32: in [0, V), or ``ignore_index``. Others are an error on a
-            CPU and make the loss NaN on a GPU, where looking would cost a sync.
+        targets: (...), int64 or int32: in [0, V), or ``ignore_index``. Others are an error in
+            PyTorch; the kernels, which would need a sync to see them, make the loss NaN.
         ignore_index: a row with this target has no loss and no gradient.
         reduction: ``"mean"`` over the rows that count (of none of them it is 0, not PyTorch's
             NaN), ``"sum"`` or ``"none"``.
@@ -98,12 +100,19 @@ def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) 
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Every op in the dtype it is given, on devices that have autocast ("meta" has not)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def reference(logits, targets, *, ignore_index=-1, reduction="mean", softcap=0.0):
     """The same in plain PyTorch."""
-    z = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         losses = F.cross_entropy(
             z, targets.flatten().long(), ignore_index=ignore_index, reduction="none"
         )

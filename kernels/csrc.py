@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from almostgpt.kernels import emulator, native
 from almostgpt.kernels.dispatch import Card, Kernel
@@ -88,7 +89,7 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
 
     def refuse_cuda(card: Card | None, tensor, *args, **kwargs) -> str | None:
         if card is None:
-            if why := refuse_transforms():
+            if why := refuse_derivatives():
                 return why
             if not tensor.is_cuda:
                 return f"the tensors are on {tensor.device}"
@@ -98,7 +99,7 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
         return refuse_card(card, tensor, *args, **kwargs)
 
     def refuse_emulator(card: Card, tensor, *args, **kwargs) -> str | None:
-        if why := refuse_transforms():
+        if why := refuse_derivatives():
             return why
         if tensor.device.type not in ("cpu", "meta"):
             return f"the tensors are on {tensor.device}, and the emulator runs on the CPU"
@@ -116,7 +117,12 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
     )
 
 
-def refuse_transforms() -> str | None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def refuse_derivatives() -> str | None:
+    """Why derivatives are asked for here that only plain PyTorch has, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
         return "under torch.func (vmap, grad, jvp) only the reference runs"
+    if forward_ad._current_level >= 0:
+        return "in forward-mode differentiation only the reference runs"
     return None

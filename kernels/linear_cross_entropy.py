@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import triton_ops
-from almostgpt.kernels.cross_entropy import check_loss_options, reduced
+from almostgpt.kernels.cross_entropy import check_loss_options, reduced, without_autocast
+from almostgpt.kernels.cross_entropy import reference as of_all_logits
+from almostgpt.kernels.csrc import refuse_derivatives
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.linear_cross_entropy_reference import Options, loss_in_parts, plain_step
 
@@ -45,7 +48,7 @@ def linear_cross_entropy(
         weight: (V, n), hidden's dtype or float32. Under autocast the products of both are in
             autocast's dtype, as those of ``F.linear`` are. Gradients add up in float32.
         targets: (...), int64 or int32: in [0, vocab_size), or ``ignore_index``. Others are an
-            error on a CPU and make the loss NaN on a GPU, where looking would cost a sync.
+            error on a CPU; on a GPU, where looking would cost a sync, the kernels make the loss NaN.
         ignore_index: a token with this target has no loss and no gradient.
         reduction: ``"mean"`` over the tokens that count (of none of them it is 0, not PyTorch's
             NaN), ``"sum"``, or ``"none"``. With none the logits are computed again in backward.
@@ -97,8 +100,7 @@ def _check(
     if hidden.dtype not in _DTYPES:
         refuse(f"hidden must be a floating tensor of 16 bits or more, not {hidden.dtype}")
     if weight.dtype != hidden.dtype and weight.dtype != torch.float32:
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        if not (autocast and weight.dtype in _DTYPES):
+        if not (_autocasts(hidden) and weight.dtype in _DTYPES):
             refuse(f"weight must be {hidden.dtype} (as hidden) or float32, not {weight.dtype}")
     check_loss_options("linear_cross_entropy", targets, reduction, softcap)
     if not hidden.device == weight.device == targets.device:
@@ -109,6 +111,13 @@ def _check(
         refuse(f"vocab_size is {vocab_size}, but must be in [1, {weight.shape[0]}]")
     if chunk_bytes is not None and chunk_bytes < 1:
         refuse(f"chunk_bytes is {chunk_bytes}, but must be at least 1")
+
+
+def _autocasts(hidden: Tensor) -> bool:
+    """Whether autocast chooses the dtype of products; it leaves float64 alone."""
+    device = hidden.device.type
+    available = torch.amp.is_autocast_available(device) and hidden.dtype != torch.float64
+    return available and torch.is_autocast_enabled(device)
 
 
 # ---------------------------------------------------------------- the size of a part
@@ -180,7 +189,15 @@ class _Each(torch.autograd.Function):
         refuse_second_derivative()
         hidden, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:4]
-        _, dhidden, dweight = ctx.in_parts(hidden, weight, targets, dlosses, *ctx.options, *wanted)
+        states = hidden
+        if torch.compiler.is_compiling():
+            # Or else a compiler finds that these products are those of forward, makes them once and
+            # keeps all logits in between.
+            states = hidden + (0 * dlosses).unsqueeze(1).to(hidden.dtype)
+        with without_autocast(hidden.device):
+            _, dhidden, dweight = ctx.in_parts(
+                states, weight, targets, dlosses, *ctx.options, *wanted
+            )
         return (
             None,
             None,
@@ -225,8 +242,9 @@ def _plain_in_parts(hidden, weight, targets, upstream, *options):
 
 def _prepared(hidden, weight, targets, ignore_index, softcap, vocab_size, chunk_bytes):
     """The arguments of what works on rows: tensors of two dimensions and plain options."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = hidden.dtype
+    if _autocasts(hidden):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
     V = weight.shape[0]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     budget = chunk_bytes or chunk_budget(hidden.device)
@@ -239,7 +257,7 @@ def _losses(in_parts, inputs, reduction: str) -> Tensor:
     # Asked here: within a Function autograd is always off, and needs_input_grad does not know.
     wanted = tuple(t.requires_grad and torch.is_grad_enabled() for t in inputs[:2])
     function = _Each if reduction == "none" else _Sum
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with without_autocast(inputs[0].device):
         return function.apply(in_parts, wanted, *inputs)
 
 
@@ -254,7 +272,11 @@ def reference(
     vocab_size=None,
     chunk_bytes=None,
 ):
-    """The same in plain PyTorch, in parts too."""
+    """The same in plain PyTorch, in parts too, but for derivatives that only PyTorch has."""
+    if refuse_derivatives():
+        logits = F.linear(hidden, weight.to(hidden.dtype))[..., :vocab_size]
+        options = {"ignore_index": ignore_index, "reduction": reduction, "softcap": softcap}
+        return of_all_logits(logits, targets, **options)
     inputs = _prepared(hidden, weight, targets, ignore_index, softcap, vocab_size, chunk_bytes)
     losses = _losses(_plain_in_parts, inputs, reduction)
     return reduced(losses, targets, ignore_index, reduction)

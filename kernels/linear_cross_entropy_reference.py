@@ -133,9 +133,9 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if _is_plain(total):
+    if _is_plain(total) and type(total) is not FakeTensor:
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    # torch.compile does not know addmm's out_dtype (pytorch/pytorch#163880), it does mm's.
+    # Neither torch.compile nor fakes know addmm's out_dtype (pytorch/pytorch#163880), but mm's.
     return total.add_(torch.mm(a, b, out_dtype=torch.float32))
 
 

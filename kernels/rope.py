@@ -22,7 +22,7 @@ from torch import Tensor
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import triton_ops
-from almostgpt.kernels.csrc import refuse_transforms
+from almostgpt.kernels.csrc import refuse_derivatives
 from almostgpt.kernels.dispatch import Kernel, Op
 
 if triton_ops.MISSING is None:
@@ -133,7 +133,7 @@ def reference(x, cos, sin, positions=0, *, inplace=False):
     else:
         end = positions + x.shape[1]
         cos, sin = cos[positions:end, None], sin[positions:end, None]
-    if torch.compiler.is_compiling() or refuse_transforms():
+    if torch.compiler.is_compiling() or refuse_derivatives():
         y = _definition(x, cos, sin)
     elif torch.is_grad_enabled() and x.requires_grad:
         y = _Rotation.apply(x, cos, sin, False)

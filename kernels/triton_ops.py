@@ -24,7 +24,7 @@ import torch
 from torch._library.triton import set_wrap_triton_enabled
 
 from almostgpt.kernels import native
-from almostgpt.kernels.csrc import refuse_transforms
+from almostgpt.kernels.csrc import refuse_derivatives
 from almostgpt.kernels.dispatch import Card, Kernel
 
 try:
@@ -73,15 +73,23 @@ class TritonOp:
         The implementation is called as it is where nobody looks at the ops: that saves the 20 µs
         that a Python op costs (torch 2.13, 2 cores of an AMD EPYC, 2026-11-21).
         """
-        if torch._C._len_torch_dispatch_stack():
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return self._run(*args)
+        with torch.cuda.device(device):  # Triton launches on the current device
+            return self._run(*args)
+
+    def _run(self, *args):
+        if torch._C._len_torch_dispatch_stack() or not all(map(_is_plain, args)):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.op(*args)
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
         with set_wrap_triton_enabled(False):
-            if device.type != "cuda" or device.index == torch.cuda.current_device():
-                return self.implementation(*args)
-            with torch.cuda.device(device):  # Triton launches on the current device
-                return self.implementation(*args)
+            return self.implementation(*args)
+
+
+def _is_plain(arg: Any) -> bool:
+    """No tensor of a kind that may hold no data of its own, such as a DTensor."""
+    return not isinstance(arg, torch.Tensor) or type(arg) in (torch.Tensor, torch.nn.Parameter)
 
 
 def wrap_triton(kernel) -> Any:
@@ -119,7 +127,7 @@ def triton_kernels(name: str, refuse_call: Callable, run: Callable) -> tuple[Ker
 
     def refuse_compiled(card: Card | None, tensor, *args, **kwargs) -> str | None:
         if card is None:
-            if why := MISSING or refuse_transforms():
+            if why := MISSING or refuse_derivatives():
                 return why
             if not tensor.is_cuda:
                 return f"the tensors are on {tensor.device}"
@@ -130,7 +138,7 @@ def triton_kernels(name: str, refuse_call: Callable, run: Callable) -> tuple[Ker
         return refuse_call(tensor, *args, **kwargs)
 
     def refuse_interpreted(card: Card | None, tensor, *args, **kwargs) -> str | None:
-        if why := MISSING or refuse_transforms():
+        if why := MISSING or refuse_derivatives():
             return why
         if card is None and not INTERPRETED:
             return "Triton's interpreter runs where TRITON_INTERPRET=1 is set before Python starts"

@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter (tests/conftest.py).
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from almostgpt import kernels
@@ -261,6 +263,33 @@ def test_what_the_kernels_refuse():
     assert why(x) is None and why(x, "gelu") is None
     assert "float64" in why(x.double()) and "float64" in why(x.double(), "relu_squared")
     assert "at most 1073741823 hidden" in why(torch.empty(1, 2**31, device="meta"))
+
+
+@needs_triton
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_not_for_the_kernels(grad):
+    """They would fail for lack of a formula or, with gradients off, lose the tangent silently."""
+    x = torch.randn(3, device=DEVICE)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert forward_ad.unpack_dual(kernels.gelu(dual)).tangent is not None
+        with kernels.use_backend("triton", ops=["gelu"]):
+            with pytest.raises(UserError, match="forward-mode"):
+                kernels.gelu(dual)
+
+
+class _Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, _Watching])
+def test_a_kernel_runs_where_its_tensors_are(mode):
+    x = torch.randn(300, device="cuda:1")
+    with torch.cuda.device(0), mode(), kernels.use_backend("triton", ops=["gelu"]):
+        y = kernels.gelu(x)
+    torch.testing.assert_close(y, torch.nn.functional.gelu(x))
 
 
 # A compiler sees the kernels of a triton_op only where they are not interpreted, and can then tell

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._library.triton import set_wrap_triton_enabled
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -232,6 +234,12 @@ def test_many_parts_add_up_in_float32(backend):
     assert dweight[1].item() == exact
 
 
+def in_the_open(*args):
+    """What the Triton op is made of, where a dispatch mode sees it."""
+    with set_wrap_triton_enabled(False):
+        return linear_cross_entropy_triton.in_parts(*args)
+
+
 class Largest(TorchDispatchMode):
     """The most bytes that any tensor made within it takes."""
 
@@ -249,8 +257,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_logits_are_never_all_there(backend, reduction, monkeypatch):
     if backend == "triton":  # the op is opaque to the mode, what it is made of is not
-        implementation = linear_cross_entropy_triton.in_parts
-        monkeypatch.setattr(kernels_module.kernel, "IN_PARTS", implementation)
+        monkeypatch.setattr(kernels_module.kernel, "IN_PARTS", in_the_open)
     T, n, V = 256, 4, 5000
     hidden = torch.randn(T, n, device=DEVICE).requires_grad_()
     weight = torch.randn(V, n, device=DEVICE).requires_grad_()
@@ -269,8 +276,7 @@ def test_the_logits_are_never_all_there(backend, reduction, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient_is_made_that_nobody_asked_for(backend, monkeypatch):
     if backend == "triton":
-        implementation = linear_cross_entropy_triton.in_parts
-        monkeypatch.setattr(kernels_module.kernel, "IN_PARTS", implementation)
+        monkeypatch.setattr(kernels_module.kernel, "IN_PARTS", in_the_open)
 
     class Products(TorchDispatchMode):
         count = 0
@@ -334,6 +340,38 @@ def test_a_compiled_model_has_no_graph_break_and_no_logits_either():
     kernels.linear_cross_entropy(hidden, weight, targets).backward()
     for gradient, leaf in zip(gradients, (hidden, weight), strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nor_does_compiled_code_keep_them_for_backward(reduction):
+    """The compiler must not find that backward's products are those of forward."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    kept = []
+
+    def forward(graph, _):
+        (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
+        kept.extend(node.meta["val"] for node in outputs)
+        return graph
+
+    T, n, V = 256, 4, 500
+    hidden, weight = torch.randn(T, n).requires_grad_(), torch.randn(V, n).requires_grad_()
+    targets = torch.randint(V, (T,))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *tensors: kernels.linear_cross_entropy(
+            *tensors, reduction=reduction, chunk_bytes=1
+        ).sum(),
+        fullgraph=True,
+        backend=aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=lambda graph, _: graph,
+            partition_fn=min_cut_rematerialization_partition,
+        ),
+    )
+    compiled(hidden, weight, targets).backward()
+    assert sum(t.numel() for t in kept if isinstance(t, torch.Tensor)) < T * V // 4
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -402,6 +440,79 @@ def test_under_autocast_the_products_are_in_its_dtype(backend, dtype):
         )
     # The sum of the weight's gradient is kept as it is, not rounded to the products' dtype.
     assert not torch.equal(gradients[1], gradients[1].to(dtype).float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_within_autocast_is_that_without(backend):
+    hidden, weight = torch.randn(130, 8, device=DEVICE), torch.randn(9, 8, device=DEVICE)
+    hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(9, (130,), device=DEVICE)
+    with on(backend):
+        losses = kernels.linear_cross_entropy(
+            hidden, weight, targets, reduction="none", chunk_bytes=1
+        )
+    wanted = torch.autograd.grad(losses.sum(), (hidden, weight), retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = torch.autograd.grad(losses.sum(), (hidden, weight))
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_autocast_leaves_float64_alone():
+    hidden = torch.randn(5, 4, dtype=torch.float64, device=DEVICE)
+    weight = torch.randn(9, 4, dtype=torch.float64, device=DEVICE)
+    targets = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = kernels.linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(loss, kernels.linear_cross_entropy(hidden, weight, targets))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_row(backend):
+    logits, target = torch.randn(7, device=DEVICE), torch.tensor(2, device=DEVICE)
+    with on(backend):
+        for reduction in ("mean", "none"):
+            loss = kernels.cross_entropy(logits, target, reduction=reduction)
+            torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [15.0, 1e3, 1e6])
+def test_a_softcap_far_above_the_logits_costs_no_accuracy(backend, softcap):
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets = torch.arange(20, device=DEVICE)
+    options = {"softcap": softcap, "reduction": "none"}
+    exact = plain(logits.double(), targets, **options)
+    with on(backend):
+        losses = kernels.cross_entropy(logits, targets, **options)
+    torch.testing.assert_close(losses.double(), exact, rtol=0, atol=4e-6)
+
+
+def test_other_derivatives_are_those_of_plain_pytorch():
+    """torch.func and forward mode, of the loss as of cross_entropy."""
+    hidden, weight = torch.randn(6, 4, device=DEVICE), torch.randn(9, 4, device=DEVICE)
+    targets = torch.tensor([0, -1, 3, 6, 1, 2], device=DEVICE)
+    options = {"softcap": 3.0, "vocab_size": 7, "reduction": "mean"}
+
+    def ours(hidden):
+        return kernels.linear_cross_entropy(hidden, weight, targets, **options)
+
+    def definition(hidden):
+        return plain_linear(hidden, weight, targets, **options)
+
+    gradient = torch.func.grad(definition)(hidden)
+    torch.testing.assert_close(torch.func.grad(ours)(hidden), gradient)
+    both = torch.func.vmap(ours)(torch.stack([hidden, -hidden]))
+    torch.testing.assert_close(both, torch.stack([definition(hidden), definition(-hidden)]))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(hidden, hidden))).tangent
+    torch.testing.assert_close(tangent, (gradient * hidden).sum())
+
+
+def test_tensors_without_data():
+    hidden, weight = torch.empty(6, 4, device="meta"), torch.empty(9, 4, device="meta")
+    targets = torch.empty(6, dtype=torch.int64, device="meta")
+    assert kernels.linear_cross_entropy(hidden, weight, targets).shape == ()
+    assert kernels.cross_entropy(hidden, targets, reduction="none").shape == (6,)
 
 
 def test_float16_keeps_the_gradients_of_many_tokens():

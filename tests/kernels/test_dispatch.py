@@ -251,3 +251,15 @@ def test_build_info():
     assert set(info) == {"path", "error", "cuda", "archs", "torch", "compiler", "plan"}
     if info["error"] is None:
         assert info["compiler"] and info["torch"]
+
+
+def test_in_forward_mode_the_kernels_of_csrc_leave_it_to_the_reference():
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+        explanation = kernels.explain("rms_norm", dual, W)
+        assert explanation.backend == "reference"
+        assert "forward-mode" in explanation.reasons["cuda"]
+        tangent = torch.autograd.forward_ad.unpack_dual(kernels.rms_norm(dual, W)).tangent
+    step = 1e-3
+    expected = (kernels.rms_norm(X + step, W) - kernels.rms_norm(X - step, W)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-2, atol=1e-2)
