@@ -42,7 +42,7 @@ if ON_CUDA:
 else:
     CASES = [
         Case(768, 128, 65, 128, torch.float32),
-        Case(1024, 768, 50257, 50304, torch.float32),
+        Case(2048, 768, 50257, 50304, torch.float32),
     ]
     ROWS = [(256, 50304, torch.float32)]
 CALLS = 4 if ON_CUDA else 1

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from almostgpt.errors import UserError
 from almostgpt.kernels import triton_ops
 from almostgpt.kernels.dispatch import Kernel, Op
+from almostgpt.kernels.values import outside
 
 if triton_ops.MISSING is None:
     from almostgpt.kernels import cross_entropy_triton as kernel
@@ -90,6 +91,15 @@ def check_loss_options(op: str, targets: Tensor, reduction: str, softcap: float)
         raise UserError(f"{op}: softcap must be 0 (off) or above and finite, not {softcap}")
 
 
+def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Those that count, the others being 0."""
+    if (target := outside(targets, vocab_size)) is not None:
+        raise UserError(
+            f"{op}: target {target} is neither in [0, {vocab_size}) nor ignore_index "
+            f"({ignore_index})"
+        )
+
+
 def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """Losses of rows, or already their sum, as ``reduction`` says."""
     if reduction == "none":
@@ -112,6 +122,9 @@ def reference(logits, targets, *, ignore_index=-1, reduction="mean", softcap=0.0
     z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
         z = softcap * torch.tanh(z / softcap)
+    check_targets(
+        "cross_entropy", targets.where(targets != ignore_index, 0), z.shape[1], ignore_index
+    )
     with without_autocast(logits.device):
         losses = F.cross_entropy(
             z, targets.flatten().long(), ignore_index=ignore_index, reduction="none"

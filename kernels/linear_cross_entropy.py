@@ -160,19 +160,51 @@ def chunk_rows(tokens: int, vocab: int, itemsize: int, budget: int) -> int:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of the losses; its gradients are made in forward, and only scaled in backward."""
+    """The sum of the losses; its gradients are made in forward, and only scaled in backward.
+
+    They are handed out: the first backward scales them where they are, which saves a second matrix
+    of the weight's size. Whoever goes backward again (retain_graph) has them computed again.
+    """
 
     @staticmethod
     def forward(ctx, in_parts, wanted, hidden, weight, targets, *options):
-        losses, dhidden, dweight = in_parts(hidden, weight, targets, None, *options, *wanted)
-        ctx.save_for_backward(dhidden, dweight)
+        losses, *gradients = in_parts(hidden, weight, targets, None, *options, *wanted)
         ctx.dtypes = hidden.dtype, weight.dtype
+        if torch.compiler.is_compiling():  # it knows itself when memory can be used again
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.in_parts, ctx.options, ctx.made = in_parts, options, gradients
         return losses.sum()
 
     @staticmethod
     def backward(ctx, dloss):
-        gradients = scaled_gradients(ctx, dloss, *ctx.needs_input_grad[2:4])
-        return None, None, *gradients, *(None,) * (len(ctx.needs_input_grad) - 4)
+        refuse_second_derivative()
+        wanted = ctx.needs_input_grad[2:4]
+        gradients = ctx.saved_tensors if torch.compiler.is_compiling() else _taken(ctx, wanted)
+        # In float32: dloss is one over the number of tokens, which 16 bits would round by up to
+        # 0.4 %, all one way.
+        scaled = [
+            _scaled(gradient, dloss).to(dtype) if want else None
+            for gradient, dtype, want in zip(gradients, ctx.dtypes, wanted, strict=True)
+        ]
+        return None, None, *scaled, *(None,) * (len(ctx.needs_input_grad) - 4)
+
+
+def _taken(ctx, wanted: tuple[bool, bool]) -> list[Tensor]:
+    """The gradients that forward has made, or, where a backward has had them, new ones."""
+    gradients, ctx.made = ctx.made, None
+    if gradients is None:
+        hidden, weight, targets = ctx.saved_tensors
+        with without_autocast(hidden.device):
+            _, *gradients = ctx.in_parts(hidden, weight, targets, None, *ctx.options, *wanted)
+    return gradients
+
+
+def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return gradient.to(dloss.dtype) * dloss
+    return gradient.to(dloss.dtype).mul_(dloss)
 
 
 class _Each(torch.autograd.Function):
@@ -205,20 +237,6 @@ class _Each(torch.autograd.Function):
             dweight.to(weight.dtype) if wanted[1] else None,
             *(None,) * (len(ctx.needs_input_grad) - 4),
         )
-
-
-def scaled_gradients(ctx, dloss: Tensor, wants_dhidden: bool, wants_dweight: bool):
-    """The gradients that forward made and saved, times that of the loss.
-
-    Out of place, since the graph may be kept for a second backward, and in float32: ``dloss`` is
-    one over the number of tokens, which 16 bits would round by up to 0.4 %, all one way.
-    """
-    refuse_second_derivative()
-    dhidden, dweight = ctx.saved_tensors
-    return (
-        (dhidden.to(dloss.dtype) * dloss).to(ctx.dtypes[0]) if wants_dhidden else None,
-        (dweight * dloss).to(ctx.dtypes[1]) if wants_dweight else None,
-    )
 
 
 def refuse_second_derivative() -> None:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from almostgpt.errors import UserError
+from almostgpt.kernels.cross_entropy import check_targets
+from almostgpt.kernels.values import unread
 
 
 class Options(NamedTuple):
@@ -163,7 +164,7 @@ def plain_step(
     seen = targets != options.ignore_index
     index = targets.where(seen, 0).long().unsqueeze(1)
     if plain:
-        _check_targets(index, options)
+        check_targets("linear_cross_entropy", index, options.vocab_size, options.ignore_index)
     if plain and x.device.type == "cpu":
         # One pass that reads and one that writes, none into fresh memory: 68 ms for (256, 50304)
         # where logsumexp, sub_ and exp_ take 184 to 259 (2 loaded cores of an AMD EPYC,
@@ -180,7 +181,7 @@ def plain_step(
         dlogits = p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
         if slope is not None:
             dlogits = dlogits.mul_(slope)
-        if upstream is not None or _unread(seen) or not seen.all():
+        if upstream is not None or unread(seen) or not seen.all():
             dlogits = dlogits.mul_(scale.unsqueeze(1))
     else:
         columns = torch.arange(x.shape[1], device=x.device)
@@ -189,20 +190,3 @@ def plain_step(
             dlogits = dlogits * slope
         dlogits = dlogits * scale.unsqueeze(1)
     return losses, dlogits.to(options.dtype)
-
-
-def _unread(tensor: Tensor) -> bool:
-    """Whether its values are not looked at: on a GPU that costs a sync, and a fake has none."""
-    return tensor.device.type != "cpu" or type(tensor) is FakeTensor
-
-
-def _check_targets(index: Tensor, options: Options) -> None:
-    """On a CPU, where looking costs nothing."""
-    if index.numel() == 0 or _unread(index):
-        return
-    low, high = (int(value) for value in index.aminmax())
-    if low < 0 or high >= options.vocab_size:
-        raise UserError(
-            f"linear_cross_entropy: target {low if low < 0 else high} is neither in "
-            f"[0, {options.vocab_size}) nor ignore_index ({options.ignore_index})"
-        )

@@ -24,6 +24,7 @@ from almostgpt.errors import UserError
 from almostgpt.kernels import triton_ops
 from almostgpt.kernels.csrc import refuse_derivatives
 from almostgpt.kernels.dispatch import Kernel, Op
+from almostgpt.kernels.values import outside
 
 if triton_ops.MISSING is None:
     from almostgpt.kernels import rope_triton as kernel
@@ -69,7 +70,7 @@ def _check(x, cos, sin, positions=0, *, inplace=False) -> None:
         raise UserError(f"rope: x must be a floating tensor of 16 bits or more, not {x.dtype}")
     _check_tables(x, cos, sin)
     if isinstance(positions, Tensor):
-        _check_positions(x, positions)
+        _check_positions(x, positions, cos.shape[0])
     elif not isinstance(positions, (int, torch.SymInt)) or isinstance(positions, bool):
         raise UserError(
             f"rope: positions must be an int or a tensor, not {type(positions).__name__}"
@@ -97,7 +98,7 @@ def _check_tables(x, cos, sin) -> None:
         raise UserError("rope: cos and sin are constants; give them detached")
 
 
-def _check_positions(x, positions) -> None:
+def _check_positions(x, positions, end: int) -> None:
     if positions.shape != x.shape[:2]:
         raise UserError(
             f"rope: positions must be {tuple(x.shape[:2])} for x of {tuple(x.shape)}, "
@@ -107,6 +108,8 @@ def _check_positions(x, positions) -> None:
         raise UserError(f"rope: positions must be int32 or int64, not {positions.dtype}")
     if positions.device != x.device:
         raise UserError(f"rope: x is on {x.device} and positions on {positions.device}")
+    if (position := outside(positions, end)) is not None:
+        raise UserError(f"rope: position {position} is not within the {end} of cos and sin")
 
 
 def _check_inplace(x) -> None:

@@ -8,6 +8,7 @@ the formula that a run's MFU is made of.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ MARGIN = 0.1
 # Rows of a character vocabulary that is not known yet: English text has 60 to 100 characters, and with
 # model.vocab_multiple at its default all of 65 to 128 make the same model.
 CHARACTERS = 128
+# Tokens of a micro-batch that the loss takes in several parts, on a GPU too (chunk_budget).
+LINEAR_FROM = 8192
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,7 @@ def make_plan(config: Config, device: torch.device) -> Plan:
         for kind in CHECKPOINTING
     }
 
-    def peak(rows: int) -> int:
-        return step_bytes(overlay(config, {"training.batch_size": rows}), device).peak
-
-    fit = Fit(free, usable, largest_micro_batch(peak, usable))
+    fit = Fit(free, usable, largest_micro_batch(peak_by_rows(config, device), usable))
     notes += _notes(config, fit)
     duration = None
     if fit.largest_micro_batch:
@@ -166,6 +166,28 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_by_rows(config: Config, device: torch.device) -> Callable[[int], int]:
+    """The peak of a step as a function of the rows of a micro-batch.
+
+    Rehearsed up to ``LINEAR_FROM`` tokens and twice as many; from there on it is a straight line. The
+    loss then works in parts of one size, so nothing but what grows with the tokens is added, and to
+    rehearse more would take as long as there are parts.
+    """
+    few = max(1, -(-LINEAR_FROM // config.model.block_size))
+
+    @functools.cache
+    def rehearsed(rows: int) -> int:
+        return step_bytes(overlay(config, {"training.batch_size": rows}), device).peak
+
+    def peak(rows: int) -> int:
+        if rows <= 2 * few:
+            return rehearsed(rows)
+        a_row = (rehearsed(2 * few) - rehearsed(few)) / few
+        return rehearsed(2 * few) + int(a_row * (rows - 2 * few))
+
+    return peak
+
+
 def largest_micro_batch(peak: Callable[[int], int], usable: int) -> int:
     """The most rows for which ``peak(rows)``, which must not fall, is at most ``usable``; 0: not one.
 
@@ -209,9 +231,10 @@ def _notes(config: Config, fit: Fit) -> list[str]:
     training, largest = config.training, fit.largest_micro_batch
     notes = []
     if largest == 0:
+        kept = config.model.gradient_checkpointing != "full"
         notes.append(
-            "not even one row fits: take a smaller model.block_size or model, or "
-            "model.gradient_checkpointing=full"
+            "not even one row fits: take a smaller model.block_size or model"
+            + (", or model.gradient_checkpointing=full" if kept else "")
         )
     elif largest < training.batch_size:
         rows = training.batch_size * training.accumulate

@@ -536,6 +536,8 @@ def test_targets_that_are_no_tokens():
         if not CUDA:
             with pytest.raises(UserError, match=rf"target {bad} is neither in \[0, 8\)"):
                 kernels.linear_cross_entropy(hidden, weight, targets, vocab_size=8)
+            with pytest.raises(UserError, match=rf"cross_entropy: target {bad} is neither"):
+                kernels.cross_entropy(hidden @ weight.t()[:, :8], targets)
         with on("triton"):
             loss = kernels.linear_cross_entropy(hidden, weight, targets, vocab_size=8)
         assert loss.isnan()

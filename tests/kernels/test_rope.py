@@ -389,3 +389,11 @@ def test_what_the_kernel_does_not_serve(x, options, why):
     table = torch.zeros(2**16, 4, device=x.device)
     found = kernels.explain("rope", x, table, table, capability=(9, 0), **options)
     assert found.backend == "reference" and why in found.reasons["triton"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nobody looks at the positions")
+@pytest.mark.parametrize("position", [-1, 10])
+def test_a_position_beyond_the_tables_is_named_on_a_cpu(position):
+    table = torch.ones(10, 2)
+    with pytest.raises(UserError, match=rf"rope: position {position} is not within the 10 of"):
+        kernels.rope(torch.ones(1, 2, 1, 4), table, table, torch.tensor([[0, position]]))

@@ -92,8 +92,7 @@ def real_step(config: Config) -> tuple[int, int, int]:
     step.clip_and_update()  # the optimizer has its state from here on
     if config.training.accumulate == 1:
         step.optimizer.zero_grad()
-    before = {}  # saved by then, by storage
-    saved = {}
+    saved = {}  # by storage
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -101,12 +100,15 @@ def real_step(config: Config) -> tuple[int, int, int]:
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    handle = model.norm.register_forward_hook(lambda *_: before.update(saved))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step.forward()
-    handle.remove()
-    bytes_before, bytes_in_all = (sum(size for size, _ in d.values()) for d in (before, saved))
-    before.clear()
+        loss = step.forward()
+    # The gradients that the loss has made are kept beside what autograd saves.
+    node = loss.grad_fn
+    while not hasattr(node, "made"):
+        node = node.next_functions[0][0]
+    kept_by_loss = sum(gradient.nbytes for gradient in node.made)
+    bytes_in_all = kept_by_loss + sum(size for size, _ in saved.values())
+    del loss, node
     saved.clear()
 
     def run():
@@ -118,7 +120,6 @@ def real_step(config: Config) -> tuple[int, int, int]:
         step.optimizer.zero_grad()
 
     kept, peak = allocated(run, "forward is done")
-    kept_by_loss = bytes_in_all - bytes_before
     if config.model.gradient_checkpointing != "selective":  # whose cache hooks do not see
         assert bytes_in_all == pytest.approx(kept, rel=0.02)
     held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
