@@ -236,6 +236,32 @@ class Table:
         return {"title": self.title, "rows": rows, "notes": list(self.notes)}
 
 
+def bandwidth_table(
+    title: str, race: Race, moved: int, copy_bandwidth: float, notes: Sequence[str] = ()
+) -> Table:
+    """Of a race of what moves bytes and hardly computes, ours first.
+
+    moved: bytes that must be read or written at the least, each once.
+    """
+    ours = next(iter(race.peers))
+    return Table(
+        f"{title}; a copy moves {copy_bandwidth / 1e9:.0f} GB/s",
+        ("", "us", "± %", "GB/s", "% of copy", "ours is faster by"),
+        [
+            [
+                name,
+                1e6 * race.median(name),
+                100 * race.spread(name),
+                moved / race.median(name) / 1e9,
+                100 * moved / race.median(name) / copy_bandwidth,
+                race.speedup(ours, over=name),
+            ]
+            for name in race.peers
+        ],
+        notes,
+    )
+
+
 def _cell(value: str | int | float) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

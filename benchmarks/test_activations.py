@@ -66,25 +66,8 @@ def test_activation(rows, hidden, dtype, op, direction, race, report, benchmark,
     result = race(contestants, harness.device_timer(CALLS), seconds=SECONDS)
 
     ours = next(iter(functions))
-    report(
-        harness.Table(
-            f"{op} {direction}, {rows} x {hidden}, {dtype}; "
-            f"a copy moves {copy_bandwidth / 1e9:.0f} GB/s",
-            ("", "us", "± %", "GB/s", "% of copy", "ours is faster by"),
-            [
-                [
-                    name,
-                    1e6 * result.median(name),
-                    100 * result.spread(name),
-                    moved / result.median(name) / 1e9,
-                    100 * moved / result.median(name) / copy_bandwidth,
-                    result.speedup(ours, over=name),
-                ]
-                for name in functions
-            ],
-            notes,
-        )
-    )
+    title = f"{op} {direction}, {rows} x {hidden}, {dtype}"
+    report(harness.bandwidth_table(title, result, moved, copy_bandwidth, notes))
     benchmark.extra_info["bytes_per_second"] = moved / result.median(ours)
     benchmark.extra_info["copy_bytes_per_second"] = copy_bandwidth
 

@@ -167,23 +167,6 @@ def test_cross_entropy(rows, columns, dtype, race, report, benchmark, copy_bandw
     )
     moved = 3 * rows * columns * dtype.itemsize
     ours = next(iter(functions))
-    report(
-        harness.Table(
-            f"cross-entropy forward and backward, {rows} x {columns}, {dtype}; "
-            f"a copy moves {copy_bandwidth / 1e9:.0f} GB/s",
-            ("", "us", "± %", "GB/s", "% of copy", "ours is faster by"),
-            [
-                [
-                    name,
-                    1e6 * result.median(name),
-                    100 * result.spread(name),
-                    moved / result.median(name) / 1e9,
-                    100 * moved / result.median(name) / copy_bandwidth,
-                    result.speedup(ours, over=name),
-                ]
-                for name in functions
-            ],
-            notes,
-        )
-    )
+    title = f"cross-entropy forward and backward, {rows} x {columns}, {dtype}"
+    report(harness.bandwidth_table(title, result, moved, copy_bandwidth, notes))
     benchmark.extra_info["bytes_per_second"] = moved / result.median(ours)

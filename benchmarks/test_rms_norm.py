@@ -61,25 +61,8 @@ def test_rms_norm(rows, width, dtype, variant, direction, race, report, benchmar
     result = race(contestants, harness.device_timer(CALLS), seconds=SECONDS)
 
     ours = next(iter(functions))
-    report(
-        harness.Table(
-            f"{variant} {direction}, {rows} x {width}, {dtype}; "
-            f"a copy moves {copy_bandwidth / 1e9:.0f} GB/s",
-            ("", "us", "± %", "GB/s", "% of copy", "ours is faster by"),
-            [
-                [
-                    name,
-                    1e6 * result.median(name),
-                    100 * result.spread(name),
-                    moved / result.median(name) / 1e9,
-                    100 * moved / result.median(name) / copy_bandwidth,
-                    result.speedup(ours, over=name),
-                ]
-                for name in functions
-            ],
-            notes,
-        )
-    )
+    title = f"{variant} {direction}, {rows} x {width}, {dtype}"
+    report(harness.bandwidth_table(title, result, moved, copy_bandwidth, notes))
     benchmark.extra_info["bytes_per_second"] = moved / result.median(ours)
     benchmark.extra_info["copy_bytes_per_second"] = copy_bandwidth
 
