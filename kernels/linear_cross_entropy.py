@@ -271,51 +271,40 @@ def _prepared(hidden, weight, targets, ignore_index, softcap, vocab_size, chunk_
     return hidden, weight, targets, *options
 
 
-def _losses(in_parts, inputs, reduction: str) -> Tensor:
+def _loss(
+    in_parts,
+    hidden,
+    weight,
+    targets,
+    *,
+    ignore_index=-1,
+    reduction="mean",
+    softcap=0.0,
+    vocab_size=None,
+    chunk_bytes=None,
+) -> Tensor:
+    inputs = _prepared(hidden, weight, targets, ignore_index, softcap, vocab_size, chunk_bytes)
     # Asked here: within a Function autograd is always off, and needs_input_grad does not know.
     wanted = tuple(t.requires_grad and torch.is_grad_enabled() for t in inputs[:2])
     function = _Each if reduction == "none" else _Sum
-    with without_autocast(inputs[0].device):
-        return function.apply(in_parts, wanted, *inputs)
+    with without_autocast(hidden.device):
+        losses = function.apply(in_parts, wanted, *inputs)
+    return reduced(losses, targets, ignore_index, reduction)
 
 
-def reference(
-    hidden,
-    weight,
-    targets,
-    *,
-    ignore_index=-1,
-    reduction="mean",
-    softcap=0.0,
-    vocab_size=None,
-    chunk_bytes=None,
-):
+def reference(hidden, weight, targets, *, vocab_size=None, chunk_bytes=None, **options) -> Tensor:
     """The same in plain PyTorch, in parts too, but for derivatives that only PyTorch has."""
     if refuse_derivatives():
         logits = F.linear(hidden, weight.to(hidden.dtype))[..., :vocab_size]
-        options = {"ignore_index": ignore_index, "reduction": reduction, "softcap": softcap}
         return of_all_logits(logits, targets, **options)
-    inputs = _prepared(hidden, weight, targets, ignore_index, softcap, vocab_size, chunk_bytes)
-    losses = _losses(_plain_in_parts, inputs, reduction)
-    return reduced(losses, targets, ignore_index, reduction)
+    options |= {"vocab_size": vocab_size, "chunk_bytes": chunk_bytes}
+    return _loss(_plain_in_parts, hidden, weight, targets, **options)
 
 
-def _run_triton(
-    hidden,
-    weight,
-    targets,
-    *,
-    ignore_index=-1,
-    reduction="mean",
-    softcap=0.0,
-    vocab_size=None,
-    chunk_bytes=None,
-):
-    inputs = _prepared(hidden, weight, targets, ignore_index, softcap, vocab_size, chunk_bytes)
+def _run_triton(hidden, weight, targets, **options) -> Tensor:
     op = torch.ops.almostgpt.linear_cross_entropy
     in_parts = op if torch.compiler.is_compiling() else kernel.IN_PARTS
-    losses = _losses(in_parts, inputs, reduction)
-    return reduced(losses, targets, ignore_index, reduction)
+    return _loss(in_parts, hidden, weight, targets, **options)
 
 
 def _refuse_call(hidden, weight, targets, **options) -> str | None:
