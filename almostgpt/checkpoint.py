@@ -160,6 +160,11 @@ def newest(run: Path) -> Path | None:
     return None
 
 
+def step_of(folder: Path | None) -> int:
+    """The step after which a checkpoint was written, by its name; 0 without one."""
+    return 0 if folder is None else int(folder.name.removeprefix("step-"))
+
+
 def find(run_or_checkpoint: str | Path) -> Path:
     """The checkpoint folder that a run folder (its newest whole one) or a checkpoint folder means."""
     folder = Path(run_or_checkpoint)

@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
     if problems := part_problems(config.model):
         raise UserError("\n".join(problems))
     if stored is not None:
-        config = resume_config(stored, config)
+        config = resume_config(stored, config, checkpoint.step_of(newest))
     if given.print_config:
         print(to_yaml(config), end="")
         return 0

@@ -14,6 +14,7 @@ from almostgpt.config import Config, flatten, resolve
 from almostgpt.config_file import load_config, to_yaml
 from almostgpt.errors import UserError
 from almostgpt.files import write_text
+from almostgpt.training.schedule import learning_rate
 
 # What may differ when a run goes on. Everything else decides what the next step computes.
 RESUMABLE = {
@@ -26,6 +27,9 @@ RESUMABLE = {
     "checkpoint.every",
     "checkpoint.keep",
 }
+
+# What may differ where it changes no rate of the steps that were taken.
+RATES = {"schedule.decay_steps", "schedule.decay_fraction"}
 
 
 def discard_run_folder(run: Path) -> None:
@@ -100,22 +104,33 @@ def check_is_run(run: Path) -> None:
         )
 
 
-def resume_config(stored: Config, wanted: Config) -> Config:
-    """``wanted``, if it differs from ``stored`` only where a run may change under way.
+def resume_config(stored: Config, wanted: Config, step: int) -> Config:
+    """``wanted``, if it differs from ``stored`` only where a run may change after ``step`` steps.
 
     Raises:
         UserError: every other difference, with both values.
     """
     before, after = flatten(stored), flatten(wanted)
-    refused = [
-        f"  {key}: the run has {before[key]!r}, now {after[key]!r} is asked for"
-        for key in before
-        if before[key] != after[key] and key not in RESUMABLE
-    ]
-    if refused:
+    differing = {key for key in before if before[key] != after[key]} - RESUMABLE
+    if differing & RATES and _same_rates(stored, wanted, step):
+        differing -= RATES
+    if differing:
+        hint = ""
+        if differing & RATES:
+            hint = f"\n(The schedule may change, but not the rates of the {step} steps taken.)"
+        refused = [
+            f"  {key}: the run has {before[key]!r}, now {after[key]!r} is asked for"
+            for key in before
+            if key in differing
+        ]
         raise UserError(
             "--resume continues a run as it was started; these settings cannot change:\n"
             + "\n".join(refused)
+            + hint
             + "\nStart a new run for them (without --resume, with another --out)."
         )
     return wanted
+
+
+def _same_rates(stored: Config, wanted: Config, step: int) -> bool:
+    return all(learning_rate(stored, s) == learning_rate(wanted, s) for s in range(1, step + 1))

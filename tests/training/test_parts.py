@@ -67,10 +67,33 @@ def test_wsd_is_flat_and_then_a_straight_line():
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_more_steps_change_no_rate_of_the_first_ones(name):
     stored = wsd(name=name)
-    longer = resume_config(stored, resolve(overlay(stored, {"training.steps": 9000})))
+    longer = resume_config(stored, resolve(overlay(stored, {"training.steps": 9000})), 2000)
     rates = [learning_rate(longer, step) for step in range(1, 4000)]
     assert rates[:2000] == [learning_rate(stored, step) for step in range(1, 2001)]
     assert set(rates[2000:]) == {rates[1999]}
+
+
+@pytest.mark.parametrize(
+    "changed, step, allowed",
+    [
+        ({"schedule.decay_steps": 4000}, 1600, True),  # still stable: it decays later
+        ({"schedule.decay_steps": 4000}, 1700, False),  # it has begun to decay
+        ({"schedule.decay_steps": 1700, "schedule.decay_fraction": 0.05}, 1600, True),
+        ({"schedule.decay_steps": 1500}, 1600, False),  # it should have decayed long since
+        ({"schedule.decay_fraction": 0.1}, 1600, True),
+    ],
+)
+def test_a_stable_run_may_decay_at_another_time(changed, step, allowed):
+    stored = wsd()
+    wanted = resolve(overlay(stored, changed))
+    if not allowed:
+        with pytest.raises(UserError, match=f"not the rates of the {step} steps taken"):
+            resume_config(stored, wanted, step)
+        return
+    resumed = resume_config(stored, wanted, step)
+    for s in range(1, step + 1):
+        assert learning_rate(resumed, s) == learning_rate(stored, s)
+    assert learning_rate(resumed, resumed.schedule.decay_steps) == pytest.approx(1e-4)
 
 
 @given(
@@ -269,10 +292,10 @@ def test_resuming_changes_only_what_it_may(key):
     else:
         other = "another"
     wanted = overlay(stored, {key: other})
-    if key in RESUMABLE:
-        assert resume_config(stored, wanted) == wanted
+    if key in RESUMABLE or key == "schedule.decay_fraction":  # which the default has no use for
+        assert resume_config(stored, wanted, step=1000) == wanted
     else:
         with pytest.raises(UserError) as error:
-            resume_config(stored, wanted)
+            resume_config(stored, wanted, step=1000)
         assert key in str(error.value)
         assert repr(value) in str(error.value) and repr(other) in str(error.value)
