@@ -4,9 +4,6 @@ Without a GPU the kernels run in Triton's interpreter (tests/conftest.py).
 """
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -290,40 +287,3 @@ def test_a_kernel_runs_where_its_tensors_are(mode):
     with torch.cuda.device(0), mode(), kernels.use_backend("triton", ops=["gelu"]):
         y = kernels.gelu(x)
     torch.testing.assert_close(y, torch.nn.functional.gelu(x))
-
-
-# A compiler sees the kernels of a triton_op only where they are not interpreted, and can then tell
-# what they write, which needs a target but no GPU.
-TRACED = """
-from types import SimpleNamespace
-import torch, triton
-from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from triton.backends.compiler import GPUTarget
-from almostgpt import kernels
-
-target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
-triton.runtime.driver.set_active(target)
-for name, gated in (("silu", True), ("gelu", False)):
-    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        x = mode.from_tensor(torch.empty(4, 64), static_shapes=gated).requires_grad_()
-        run = lambda x: (torch.ops.almostgpt.activation(2 * x, name, gated) + 1,)
-        graph = aot_export_joint_simple(run, (x,), trace_joint=True).graph
-    calls = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-    print(*(",".join(call.kwargs["tensors_to_clone"]) for call in calls))
-"""
-
-
-@needs_triton
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="it plays a GPU")
-def test_a_compiler_sees_both_kernels_and_what_they_write(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRACED],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.splitlines() == ["y dx"] * 2, done.stderr[-2000:]
