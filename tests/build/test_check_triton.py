@@ -24,6 +24,7 @@ def run(folder: Path, program: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched_and_one_that_is_not_is_named(tmp_path):
     found = run(
         tmp_path,

@@ -102,15 +102,11 @@ def test_two_hundred_compiled_steps(checkpointing, make_trainer):
 
 
 def test_a_compiled_step_is_one_graph(make_trainer):
-    """Forward and loss, whatever the parts, without a break: fullgraph raises at one."""
+    """Forward and loss without a break: fullgraph raises at one."""
     torch._dynamo.reset()
-    for feedforward in ("swiglu", "gelu"):
-        trainer = make_trainer(feedforward, **{"model.feedforward": feedforward})
-        with trainer.batches:
-            batch = trainer.batches.next_batch()
-        compiled = torch.compile(trainer.model, fullgraph=True, backend="aot_eager")
-        loss = compiled(*batch)[1]
-        torch.testing.assert_close(loss, trainer.model(*batch)[1])
-        loss.backward()
-        explained = torch._dynamo.explain(trainer.model)(*batch)
-        assert explained.graph_count == 1 and explained.graph_break_count == 0
+    trainer = make_trainer()
+    with trainer.batches:
+        batch = trainer.batches.next_batch()
+    loss = torch.compile(trainer.model, fullgraph=True, backend="aot_eager")(*batch)[1]
+    torch.testing.assert_close(loss, trainer.model(*batch)[1])
+    loss.backward()
