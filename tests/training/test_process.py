@@ -24,6 +24,7 @@ print(by_default, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_memory_that_was_freed_is_there_for_the_next_tensor():
     said = subprocess.check_output([sys.executable, "-c", PAGES], text=True)
