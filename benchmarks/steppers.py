@@ -7,7 +7,6 @@ would not be what users have. Only one works at a time; the other waits at its p
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from almostgpt.training.metrics import memory_bytes
 
 from . import harness
 
@@ -86,7 +87,7 @@ def _serve(pipe: Connection, threads: int, make: Callable, arguments: tuple) -> 
                 calls = pipe.recv()
             except EOFError:
                 return
-            pipe.send(_seconds(step, calls) if calls else _peak())
+            pipe.send(_seconds(step, calls) if calls else memory_bytes(harness.DEVICE))
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
@@ -98,9 +99,3 @@ def _seconds(step: Step, calls: int) -> float:
         step()
     harness.wait()
     return (time.perf_counter() - start) / calls
-
-
-def _peak() -> int:
-    if harness.DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -41,8 +41,8 @@ def cross_entropy(
 
     Args:
         logits: (..., V), V ≥ 1; bfloat16, float16, float32 or float64.
-        targets: (...), int64 or int32: in [0, V), or ``ignore_index``. Others are an error in
-            PyTorch; the kernels, which would need a sync to see them, make the loss NaN.
+        targets: (...), int64 or int32: in [0, V), or ``ignore_index``. Others are an error on a
+            CPU; on a GPU, where looking would cost a sync, the kernels make the loss NaN.
         ignore_index: a row with this target has no loss and no gradient.
         reduction: ``"mean"`` over the rows that count (of none of them it is 0, not PyTorch's
             NaN), ``"sum"`` or ``"none"``.

@@ -173,7 +173,7 @@ def run_checks(given: InfoArguments) -> int:
     emulated = _emulated(given)
     device = pick_device("cpu" if emulated and given.device == "auto" else given.device)
     place = "cuda" if device.type == "cuda" else "cpu"
-    if emulated or (given.backend == "triton" and place == "cpu"):  # Triton's interpreter
+    if emulated or (place == "cpu" and "triton" in _forced(given)):  # Triton's interpreter
         place = "emulator"
     dtype = given.dtype or ("fp32" if place == "cpu" else "bf16")
     if dtype not in DTYPES:
@@ -233,9 +233,13 @@ def _forced_backend(given: InfoArguments, op: str) -> AbstractContextManager:
     return nullcontext() if given.backend is None else kernels.use_backend(given.backend, ops=[op])
 
 
+def _forced(given: InfoArguments) -> list[str]:
+    """The backends that are asked for, here or for the whole process."""
+    return (given.backend or os.environ.get("ALMOSTGPT_BACKEND", "")).split(",")
+
+
 def _emulated(given: InfoArguments) -> bool:
-    """Whether the emulator is asked for, here or for the whole process."""
-    return (given.backend or os.environ.get("ALMOSTGPT_BACKEND")) == "emulator"
+    return "emulator" in _forced(given)
 
 
 def _capability(text: str) -> tuple[int, ...]:

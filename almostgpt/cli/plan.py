@@ -18,7 +18,7 @@ from almostgpt.config_file import read_settings
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.model.gpt import part_problems
-from almostgpt.training.plan import MARGIN, Plan, make_plan
+from almostgpt.training.plan import Plan, make_plan
 from almostgpt.training.progress import duration
 
 DESCRIPTION = """Predicts what training a configuration takes on this machine, without its data: parameters,
@@ -91,7 +91,7 @@ def _show(plan: Plan, config: Config, name: str) -> None:
     console.print(table)
 
     rows = {
-        "free memory": f"{_size(fit.free_bytes)}, of which {MARGIN:.0%} are left alone",
+        "free memory": f"{_size(fit.free_bytes)}, of which {1 - fit.usable_bytes / fit.free_bytes:.0%} are left alone",
         "largest micro-batch": f"{fit.largest_micro_batch:,} rows",
     }
     if expected is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -94,8 +95,13 @@ def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: the device allocator's, or the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # Linux, whose ru_maxrss begins with that of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
 class StepLog:
