@@ -90,8 +90,9 @@ def _show(plan: Plan, config: Config, name: str) -> None:
         table.add_row(kind + mark, _size(needs.activations), _size(needs.peak))
     console.print(table)
 
+    left = 1 - fit.usable_bytes / fit.free_bytes
     rows = {
-        "free memory": f"{_size(fit.free_bytes)}, of which {1 - fit.usable_bytes / fit.free_bytes:.0%} are left alone",
+        "free memory": f"{_size(fit.free_bytes)}, of which {left:.0%} are left alone",
         "largest micro-batch": f"{fit.largest_micro_batch:,} rows",
     }
     if expected is not None:

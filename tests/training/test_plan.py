@@ -374,7 +374,9 @@ def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr(plan, "step_bytes", functools.cache(step_bytes))
 
     def planned(usable: float) -> plan.Plan:
-        monkeypatch.setattr(plan, "free_memory", lambda _: int(usable / (1 - plan.MARGIN)) + 1)
+        monkeypatch.setattr(
+            plan, "free_memory", lambda _: int(usable / (1 - plan.MARGINS["cpu"])) + 1
+        )
         return plan.make_plan(config, CPU)
 
     assert planned(needs.peak).fit.largest_micro_batch == 32
