@@ -26,6 +26,13 @@ from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
+from almostgpt.kernels.kv_cache import (
+    DECODE_ATTENTION,
+    KV_APPEND,
+    KVLayer,
+    decode_attention,
+    kv_append,
+)
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
@@ -41,6 +48,8 @@ OPS: dict[str, dispatch.Op] = {
         SWIGLU,
         GELU,
         RELU_SQUARED,
+        KV_APPEND,
+        DECODE_ATTENTION,
     )
 }
 
@@ -49,12 +58,15 @@ __all__ = [
     "OPS",
     "EmulatorError",
     "Explanation",
+    "KVLayer",
     "build_info",
     "cross_entropy",
+    "decode_attention",
     "emulator",
     "explain",
     "flash_attention",
     "gelu",
+    "kv_append",
     "linear_cross_entropy",
     "relu_squared",
     "rms_norm",

@@ -17,6 +17,8 @@ arXiv:2104.09864.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,6 +121,33 @@ def _check_inplace(x) -> None:
         raise UserError("rope: inplace needs an x whose elements each have their own memory")
 
 
+# ---------------------------------------------------------------- angles
+
+
+def turns_of(frequencies: Tensor) -> Tensor:
+    """What a position turns each pair by, as a fraction of a whole turn in units of 2⁻⁶⁴.
+
+    Whole turns do not matter, and whole numbers that overflow lose just those: position · turns in
+    64 bits is the angle at any position, to 2⁻⁵³ of a turn times the position, in two instructions.
+    A product of floats would have lost all of its digits but the last few long before 10⁶.
+
+    Args:
+        frequencies: (R/2,) float64, in radians a position.
+
+    Returns:
+        (R/2,) int64; half a turn and more are below 0.
+    """
+    turns = frequencies.double() / (2 * math.pi)
+    high = (turns - turns.floor()) * 2**32
+    low = (high - high.floor()) * 2**32
+    return (high.to(torch.int64) << 32) + low.to(torch.int64)
+
+
+def angles_at(positions: Tensor, turns: Tensor) -> Tensor:
+    """positions (…) int64 and turns (R/2,) → angles in [−π, π), (…, R/2) float64."""
+    return (positions[..., None] * turns).double() * (2 * math.pi / 2**64)
+
+
 # ---------------------------------------------------------------- the reference
 
 
@@ -136,13 +165,17 @@ def reference(x, cos, sin, positions=0, *, inplace=False):
     else:
         end = positions + x.shape[1]
         cos, sin = cos[positions:end, None], sin[positions:end, None]
-    if torch.compiler.is_compiling() or refuse_derivatives():
-        y = _definition(x, cos, sin)
-    elif torch.is_grad_enabled() and x.requires_grad:
-        y = _Rotation.apply(x, cos, sin, False)
-    else:
-        y = _rotated(x, cos, sin, inverse=False)
+    y = rotated(x, cos, sin)
     return x.copy_(y) if inplace else y
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, D) rotated by the angles of its tokens: cos, sin (…, T, 1, R/2), float32."""
+    if torch.compiler.is_compiling() or refuse_derivatives():
+        return _definition(x, cos, sin)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotation.apply(x, cos, sin, False)
+    return _rotated(x, cos, sin, inverse=False)
 
 
 def _definition(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,524 @@
+"""The keys and values of earlier tokens, kept: appending new ones, and attention over all of them.
+
+A cache of one layer has C slots for each sequence and key head. Token p of a sequence is kept in
+slot p as long as p < S, the number of sink tokens, and in slot S + (p − S) mod (C − S) otherwise:
+the first S tokens stay for ever, the others take the place of those C − S before them.
+
+         sinks    ring
+    slot 0 1 2 3  4  5  6  7  8  9         S = 4, C = 10, after 15 tokens
+    token 0 1 2 3 10 11 12 13 14 9
+
+With a window of W tokens, the query at position t sees the sinks and the last W − S positions; it
+sees all positions as long as they are no more than W. Distances are those inside the cache, as if
+the sinks stood right before the window (StreamingLLM):
+
+    t − p             to the key of a position p ≥ S
+    min(t, W − 1) − p to a sink p < S
+
+so no distance is ever longer than W − 1. Keys are stored rotated by their own positions, and a query
+comes in two copies, rotated by t and by min(t, W − 1): nothing is rotated again when it is read.
+
+Stored as int8, a key (or value) x of one token and head becomes round(x / s) with s = max |x| / 127
+in float32: no element is off by more than s / 2. A key whose elements are not all finite has a scale
+that is not either, so that what is wrong shows.
+
+Sources: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453;
+keys split among blocks, Dao et al., "Flash-Decoding for long-context inference" (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from almostgpt.errors import UserError
+from almostgpt.kernels.csrc import csrc_kernels, define
+from almostgpt.kernels.dispatch import Kernel, Op
+from almostgpt.kernels.flash_attention_reference import has_values
+from almostgpt.kernels.kv_cache_reference import append, decode, decode_slots
+
+MAX_QUERIES = 16  # tokens of a sequence that one decode_attention takes
+MAX_POSITION = 2**30  # beyond it 32 bits could overflow
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_ALIGNED = 16  # the width of a slot is a multiple of so many elements: whole vectors, also of int8
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's slots, and how many tokens each sequence has had.
+
+    ``KVLayer.empty`` makes one. The ops write into its tensors, and never into ``lengths``.
+
+    Attributes:
+        keys, values: (B, Hkv, C, D') in a floating dtype or int8, D' the head width D rounded up to
+            a multiple of 16; what is beyond D is zeros.
+        lengths: (B,) int32, tokens before those of the call.
+        key_scales, value_scales: (B, Hkv, C) float32, with int8 only.
+        window: W, of how many tokens a query sees the keys at most; None: of all, and there must be
+            no more of them than slots.
+        sink_tokens: S, below W; 0 without a window.
+        tickets: int32 zeros that blocks of the kernel count with, and leave zeros; None: made anew.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    window: int | None = None
+    sink_tokens: int = 0
+    tickets: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> KVLayer:
+        """Slots for ``capacity`` tokens, none of them taken; int8 stores in 8 bits."""
+        width = -(-head_dim // _ALIGNED) * _ALIGNED
+        slots = (batch, kv_heads, capacity)
+        scaled = dtype == torch.int8
+        return cls(
+            torch.zeros(*slots, width, dtype=dtype, device=device),
+            torch.zeros(*slots, width, dtype=dtype, device=device),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+            torch.zeros(slots, device=device) if scaled else None,
+            torch.zeros(slots, device=device) if scaled else None,
+            window,
+            sink_tokens,
+            torch.zeros(batch * kv_heads * _MAX_ROW_BLOCKS, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """C, slots of a sequence."""
+        return self.keys.shape[2]
+
+    @property
+    def reach(self) -> int:
+        """W, or where there is no window the capacity, which then is as good."""
+        return self.capacity if self.window is None else self.window
+
+
+_MAX_ROW_BLOCKS = 8  # blocks of query rows of a key head; for more, tickets are made at every call
+
+
+def kv_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: KVLayer,
+    *,
+    new_lengths: Tensor | None = None,
+    turns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Store the keys and values of new tokens, rotated where the model rotates, in one launch.
+
+    Args:
+        q: (B, H, T, D), of tokens ``layer.lengths`` … of each sequence; any strides.
+        k, v: (B, Hkv, T, D) in q's dtype. ``layer`` stores that dtype, or int8.
+        layer: has room for T tokens beside its sinks.
+        new_lengths: (B,) int32: of a sequence only so many of the T are there; None: all.
+        turns: (R/2,) int64 of ``kernels.rope.turns_of``, R ≤ D: what pairs of q and k turn by for
+            each position (see ``kernels.rope``); None: they are left as they are.
+
+    Returns:
+        (q, q_sink): for ``decode_attention``, rotated by each query's position and by the position
+        that it has for the sinks. They are one tensor where there is no difference.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit together, no room, or a gradient asked
+            for: what is stored has none.
+    """
+    return KV_APPEND(q, k, v, layer, new_lengths=new_lengths, turns=turns)
+
+
+def decode_attention(
+    q: Tensor,
+    layer: KVLayer,
+    *,
+    q_sink: Tensor | None = None,
+    new_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's newest tokens over its cache, theirs already appended.
+
+    Args:
+        q: (B, H, T, D) with T from 1 to ``MAX_QUERIES``: of tokens ``layer.lengths`` …; any strides.
+        layer: as it was given to ``kv_append`` with these tokens. With a window of W, C ≥ W + T − 1:
+            the last of the new tokens must not have taken a slot that the first one sees.
+        q_sink: like q, what scores the sink tokens; None: q itself.
+        new_lengths: as of ``kv_append``; the other queries give zeros.
+        scale, softcap, alibi_slopes, sink_logits: as of ``flash_attention``.
+
+    Returns:
+        (B, H, T, D) in q's dtype.
+
+    Raises:
+        UserError: shapes, dtypes, devices or options that do not fit together, or a gradient asked
+            for, which this op does not have.
+    """
+    return DECODE_ATTENTION(
+        q,
+        layer,
+        q_sink=q_sink,
+        new_lengths=new_lengths,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sink_logits=sink_logits,
+    )
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _check_append(q, k, v, layer, *, new_lengths=None, turns=None) -> None:
+    name = "kv_append"
+    _check_queries(name, q, layer)
+    if (
+        k.shape != v.shape
+        or k.dim() != 4
+        or k.shape[::2] != q.shape[::2]
+        or k.shape[3] != q.shape[3]
+    ):
+        raise UserError(
+            f"{name}: k and v must be (B, Hkv, T, D) like q, not {tuple(k.shape)} and "
+            f"{tuple(v.shape)} for q of {tuple(q.shape)}"
+        )
+    if k.shape[1] != layer.keys.shape[1]:
+        raise UserError(f"{name}: {k.shape[1]} key heads for a cache of {layer.keys.shape[1]}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise UserError(
+            f"{name}: q, k and v must have one dtype and device, not {q.dtype} on {q.device}, "
+            f"{k.dtype} on {k.device} and {v.dtype} on {v.device}"
+        )
+    T, room = q.shape[2], layer.capacity - layer.sink_tokens
+    if T > room:
+        raise UserError(f"{name}: {T} tokens at once do not fit into {room} slots")
+    if turns is not None and (
+        turns.dim() != 1 or turns.dtype != torch.int64 or 2 * turns.shape[0] > q.shape[3]
+    ):
+        raise UserError(
+            f"{name}: turns must be int64 and (R/2,) with R at most {q.shape[3]}, not {turns.dtype} "
+            f"and {tuple(turns.shape)}"
+        )
+    _check_lengths(name, q, layer, new_lengths, {"turns": turns})
+    _refuse_gradients(name, q, k, v)
+
+
+def _check_decode(q, layer, *, q_sink=None, new_lengths=None, **options) -> None:
+    name = "decode_attention"
+    _check_queries(name, q, layer)
+    H, T = q.shape[1:3]
+    if not 1 <= T <= MAX_QUERIES:
+        raise UserError(
+            f"{name}: 1 to {MAX_QUERIES} tokens at once, not {T}; more go through flash_attention, "
+            "or in parts"
+        )
+    if q_sink is not None and (q_sink.shape, q_sink.dtype, q_sink.device) != (
+        *(q.shape, q.dtype, q.device),
+    ):
+        raise UserError(f"{name}: q_sink must be like q, not {tuple(q_sink.shape)} {q_sink.dtype}")
+    if layer.window is not None and layer.capacity < layer.window + T - 1:
+        raise UserError(
+            f"{name}: {T} tokens at once with a window of {layer.window} need "
+            f"{layer.window + T - 1} slots, and the cache has {layer.capacity}"
+        )
+    scale, softcap = options.get("scale"), options.get("softcap", 0.0)
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise UserError(f"{name}: scale must be a number above 0, not {scale!r}")
+    if not (isinstance(softcap, (int, float)) and 0 <= softcap < math.inf):
+        raise UserError(f"{name}: softcap must be 0 (none) or above, not {softcap!r}")
+    per_head = {key: options.get(key) for key in ("alibi_slopes", "sink_logits")}
+    for key, tensor in per_head.items():
+        if tensor is not None and (tensor.shape != (H,) or not tensor.is_floating_point()):
+            raise UserError(
+                f"{name}: {key} must be ({H},) floats, one for each query head, not "
+                f"{tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    _check_lengths(name, q, layer, new_lengths, per_head)
+    _refuse_gradients(name, q, q_sink, *per_head.values())
+
+
+def _check_queries(name: str, q: Tensor, layer: KVLayer) -> None:
+    if not isinstance(layer, KVLayer):
+        raise UserError(f"{name}: layer must be a KVLayer, not {type(layer).__name__}")
+    keys, values = layer.keys, layer.values
+    if keys.dim() != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
+        raise UserError(
+            f"{name}: keys and values of the cache must be two (B, Hkv, C, D') of one dtype, not "
+            f"{tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
+        )
+    if q.dim() != 4 or q.dtype not in _DTYPES:
+        raise UserError(
+            f"{name}: q must be (B, H, T, D) of a floating dtype of 16 bits or more, not "
+            f"{tuple(q.shape)} {q.dtype}"
+        )
+    B, H, _, D = q.shape
+    if keys.shape[0] != B or keys.shape[1] == 0 or H % keys.shape[1] != 0:
+        raise UserError(
+            f"{name}: q of {tuple(q.shape)} does not fit a cache of {tuple(keys.shape)}: one batch "
+            "size, and query heads in a whole ratio to key heads"
+        )
+    if keys.shape[3] != -(-D // _ALIGNED) * _ALIGNED:
+        raise UserError(
+            f"{name}: heads {D} wide take slots of {-(-D // _ALIGNED) * _ALIGNED}, not of "
+            f"{keys.shape[3]}"
+        )
+    scales = (layer.key_scales, layer.value_scales)
+    if keys.dtype == torch.int8:
+        if any(s is None or s.shape != keys.shape[:3] or s.dtype != torch.float32 for s in scales):
+            raise UserError(
+                f"{name}: an int8 cache needs scales of {tuple(keys.shape[:3])} float32"
+            )
+    elif keys.dtype != q.dtype:
+        raise UserError(f"{name}: q is {q.dtype}, but the cache stores {keys.dtype}")
+    S, window = layer.sink_tokens, layer.window
+    if window is None:
+        if S != 0:
+            raise UserError(f"{name}: sink_tokens are for a window, and there is none")
+    elif not (isinstance(window, int) and 0 <= S < window <= layer.capacity):
+        raise UserError(
+            f"{name}: a window of {window} tokens, {S} of them sinks, does not fit into "
+            f"{layer.capacity} slots: 0 ≤ sink_tokens < window ≤ slots"
+        )
+
+
+def _check_lengths(name: str, q, layer: KVLayer, new_lengths, others: dict) -> None:
+    B, _, T, _ = q.shape
+    for key, tensor in {"lengths": layer.lengths, "new_lengths": new_lengths}.items():
+        if tensor is not None and (tensor.shape != (B,) or tensor.dtype != torch.int32):
+            raise UserError(
+                f"{name}: {key} must be int32 and ({B},), not {tensor.dtype} and "
+                f"{tuple(tensor.shape)}"
+            )
+    parts = {
+        "the cache": layer.keys,
+        "its values": layer.values,
+        "its scales": layer.key_scales,
+        "lengths": layer.lengths,
+        "new_lengths": new_lengths,
+        **others,
+    }
+    for key, tensor in parts.items():
+        if tensor is not None and tensor.device != q.device:
+            raise UserError(f"{name}: q is on {q.device}, and {key} on {tensor.device}")
+    # On a GPU looking would cost a sync: the kernels keep to the cache's memory whatever the values.
+    if B == 0 or q.device.type != "cpu" or not has_values(layer.lengths):
+        return
+    lengths = layer.lengths.tolist()  # of a few numbers faster than two reductions
+    low, high = min(lengths), max(lengths)
+    most = layer.capacity if layer.window is None else MAX_POSITION
+    if low < 0 or high + T > most:
+        raise UserError(
+            f"{name}: {T} more tokens after {high if low >= 0 else low} are not within the {most} "
+            f"that the cache {'has slots for' if layer.window is None else 'can count'}"
+        )
+    if new_lengths is not None and has_values(new_lengths):
+        new = new_lengths.tolist()
+        if min(new) < 0 or max(new) > T:
+            raise UserError(f"{name}: new_lengths must be within 0 … {T}, not {new}")
+
+
+def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise UserError(
+            f"{name}: a cache is for inference, and here a gradient is asked for: call it under "
+            "torch.no_grad(), or run without a cache"
+        )
+
+
+# --- torch.ops.almostgpt.* and torch.ops.almostgpt_emulator.* ------------------------------------
+# D is that of the slots. ``sink_position``: W − 1, or −1 where q needs no second copy. Outputs that
+# nobody needs are empty.
+
+
+def _append_cpu(
+    q, k, v, keys, values, key_scales, value_scales, lengths, new_lengths, turns, sinks, at
+):
+    window = None if at < 0 else at + 1
+    layer = KVLayer(keys, values, lengths, key_scales, value_scales, window, sinks)
+    out, out_sink = append(q, k, v, layer, new_lengths, turns)
+    return _append_outputs(out, out_sink, turns, at, _in_memory)
+
+
+def _append_fake(q, k, v, keys, values, ks, vs, lengths, new_lengths, turns, sinks, at):
+    return _append_outputs(q, q, turns, at, _empty_like)
+
+
+def _append_outputs(q, q_sink, turns, at, make):
+    nothing = q.new_empty(0)
+    if turns is None:
+        return nothing, nothing.clone()
+    return make(q), make(q_sink) if at >= 0 else nothing
+
+
+def _decode_cpu(
+    q, q_sink, keys, values, key_scales, value_scales, lengths, new_lengths, slopes, sink,
+    tickets, window, sink_tokens, scale, softcap
+):  # fmt: skip
+    layer = KVLayer(keys, values, lengths, key_scales, value_scales, window, sink_tokens)
+    q_sink = q if q_sink is None else q_sink
+    return _in_memory(decode_slots(q, q_sink, layer, new_lengths, scale, softcap, slopes, sink))
+
+
+def _decode_fake(q, *_):
+    return _empty_like(q)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """(B, H, T, D) as x, but (B, T, H, D) in memory: what comes next reads a token's heads as one."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    return _empty_like(x).copy_(x)
+
+
+define(
+    "kv_append",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scales, "
+    "Tensor(d!)? value_scales, Tensor lengths, Tensor? new_lengths, Tensor? turns, int sink_tokens, "
+    "int sink_position) -> (Tensor q_out, Tensor q_sink)",
+    fake=_append_fake,
+    cpu=_append_cpu,
+)
+define(
+    "decode_attention",
+    "(Tensor q, Tensor? q_sink, Tensor keys, Tensor values, Tensor? key_scales, "
+    "Tensor? value_scales, Tensor lengths, Tensor? new_lengths, Tensor? alibi_slopes, "
+    "Tensor? sink_logits, Tensor(a!) tickets, int window, int sink_tokens, float scale, "
+    "float softcap) -> Tensor",
+    fake=_decode_fake,
+    cpu=_decode_cpu,
+)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+def _widened(layer: KVLayer, *tensors: Tensor) -> list[Tensor]:
+    """With columns of zeros up to the width of a slot: the same scores, and zeros in out."""
+    missing = layer.keys.shape[3] - tensors[0].shape[3]
+    return list(tensors) if missing == 0 else [pad(t, (0, missing)) for t in tensors]
+
+
+def _append_csrc(ops, q, k, v, layer: KVLayer, *, new_lengths=None, turns=None):
+    D = q.shape[3]
+    two = turns is not None and layer.window is not None and layer.sink_tokens > 0
+    wide_q, wide_k, wide_v = _widened(layer, q, k, v)
+    rotated, rotated_sink = ops.kv_append(
+        *(wide_q, wide_k, wide_v, layer.keys, layer.values, layer.key_scales, layer.value_scales),
+        *(layer.lengths, new_lengths, turns, layer.sink_tokens, layer.reach - 1 if two else -1),
+    )
+    if turns is None:
+        return q, q
+    rotated = rotated[..., :D]
+    return rotated, rotated_sink[..., :D] if two else rotated
+
+
+def _decode_csrc(
+    ops,
+    q,
+    layer: KVLayer,
+    *,
+    q_sink=None,
+    new_lengths=None,
+    scale=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sink_logits=None,
+):
+    D = q.shape[3]
+    if q_sink is q or layer.sink_tokens == 0:
+        q_sink = None
+    wide = _widened(layer, q) if q_sink is None else _widened(layer, q, q_sink)
+    tickets = layer.tickets
+    if tickets is None or tickets.numel() < q.shape[0] * q.shape[1]:
+        tickets = layer.lengths.new_zeros(q.shape[0] * q.shape[1])
+    out = ops.decode_attention(
+        *(wide[0], None if q_sink is None else wide[1]),
+        *(layer.keys, layer.values, layer.key_scales, layer.value_scales),
+        *(layer.lengths, new_lengths),
+        *(None if t is None else t.float() for t in (alibi_slopes, sink_logits)),
+        *(tickets, layer.reach, layer.sink_tokens),
+        *(D**-0.5 if scale is None else float(scale), float(softcap)),
+    )
+    return out[..., :D]
+
+
+def _append_reference(q, k, v, layer: KVLayer, *, new_lengths=None, turns=None):
+    with torch.no_grad():
+        return append(q, k, v, layer, new_lengths, turns)
+
+
+def _decode_reference(
+    q,
+    layer: KVLayer,
+    *,
+    q_sink=None,
+    new_lengths=None,
+    scale=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sink_logits=None,
+):
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q_sink = q if q_sink is None else q_sink
+    return decode(q, q_sink, layer, new_lengths, scale, softcap, alibi_slopes, sink_logits)
+
+
+def _refuse_shapes(q: Tensor) -> str | None:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernels compute in bfloat16 and float16, not {q.dtype}"
+    if q.shape[3] > 256:
+        return f"the CUDA kernels take heads up to 256 wide, not {q.shape[3]}"
+    return None
+
+
+def _refuse_append(card, q, *args, **kwargs) -> str | None:
+    return _refuse_shapes(q)
+
+
+def _refuse_decode(card, q, layer, **options) -> str | None:
+    softcap, scale = options.get("softcap", 0.0), options.get("scale")
+    if softcap > 1000:  # as flash_attention's
+        return "the CUDA kernels take softcaps up to 1000; one so large bends no score"
+    if 0 < softcap < 1e-30 or (scale is not None and scale > 1e30):
+        return "the CUDA kernels compute in float32: softcaps below 1e-30 and scales above 1e30 leave it"
+    return _refuse_shapes(q)
+
+
+KV_APPEND = Op(
+    "kv_append",
+    _check_append,
+    (
+        *csrc_kernels("kv_append", _refuse_append, _append_csrc),
+        Kernel("reference", "plain PyTorch", lambda *a, **k: None, _append_reference),
+    ),
+)
+DECODE_ATTENTION = Op(
+    "decode_attention",
+    _check_decode,
+    (
+        *csrc_kernels("decode_attention_sm80", _refuse_decode, _decode_csrc),
+        Kernel("reference", "plain PyTorch", lambda *a, **k: None, _decode_reference),
+    ),
+)
