@@ -9,8 +9,8 @@ Every op has a plain PyTorch reference that runs anywhere. Faster backends (``cu
         y = kernels.rms_norm(x, weight)
 
 ``ALMOSTGPT_BACKEND=reference`` forces a backend for a whole process (``emulator,triton``: for
-each op the one that it has). ``kernels.emulator`` runs the
-CUDA kernels on a CPU and finds their errors.
+each op the one that it has). ``kernels.emulator`` runs the CUDA kernels on a CPU and finds their
+errors.
 """
 
 if __name__ == "kernels":

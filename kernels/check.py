@@ -197,11 +197,11 @@ def _times(function, inputs: dict, upstream: list[Tensor]) -> dict[str, float]:
 
     with torch.cuda.device(upstream[0].device):
         with torch.no_grad():
-            forward_seconds = _seconds(lambda: function(*inputs.values()))
-        return {"forward": forward_seconds, "backward": _seconds(backward)}
+            forward_seconds = cold_seconds(lambda: function(*inputs.values()))
+        return {"forward": forward_seconds, "backward": cold_seconds(backward)}
 
 
-def _seconds(work: Callable[[], object], calls: int = 30) -> float:
+def cold_seconds(work: Callable[[], object], calls: int = 30) -> float:
     """Median seconds of a call on the current GPU, its inputs not in the cache."""
     for _ in range(3):
         work()
@@ -225,7 +225,7 @@ def _copy_rate(device: torch.device) -> float:
         # Random, since a device may move zeros faster than data.
         source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        return 2 * source.numel() / _seconds(lambda: target.copy_(source))
+        return 2 * source.numel() / cold_seconds(lambda: target.copy_(source))
 
 
 @functools.cache
@@ -233,4 +233,4 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product of 8192 × 8192 matrices."""
     with torch.cuda.device(device):
         a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
-        return 2 * 8192**3 / _seconds(lambda: a @ b)
+        return 2 * 8192**3 / cold_seconds(lambda: a @ b)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from almostgpt import kernels
 from almostgpt.kernels import triton_ops
-from almostgpt.kernels.check import _seconds
+from almostgpt.kernels.check import cold_seconds
 
 TABLE = Path(__file__).resolve().parents[1] / "kernels" / "triton_settings.json"
 
@@ -112,7 +112,7 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def measure(
-    kernel: str, card: str, timer: Callable[[Work], float] = _seconds
+    kernel: str, card: str, timer: Callable[[Work], float] = cold_seconds
 ) -> dict[str, list[float]]:
     """Seconds of each work of a kernel, by its label: one number a candidate."""
     workload = WORKLOADS[kernel]
@@ -154,7 +154,7 @@ def write(table: dict[str, dict[str, Settings]], path: Path) -> None:
 
 
 def tune(
-    names: list[str], card: str, path: Path, *, dry_run: bool, timer=_seconds
+    names: list[str], card: str, path: Path, *, dry_run: bool, timer=cold_seconds
 ) -> dict[str, Settings]:
     """Measure kernels, show the outcome and (but for a dry run) write the best settings."""
     best = {}
