@@ -8,14 +8,6 @@
 namespace almostgpt {
 namespace {
 
-// Calls f with the width of the tiles, as a constant.
-template <class F>
-int with_width(int head_dim, F f) {
-  if (head_dim <= 64) return f(std::integral_constant<int, 64>());
-  if (head_dim <= 128) return f(std::integral_constant<int, 128>());
-  return f(std::integral_constant<int, 256>());
-}
-
 int plan_backward(const AttentionShape& shape, bool deterministic, const Card& card, BackwardPlan* plan) {
   return with_width(shape.head_dim, [&](auto width) {
     return with_backward_tile<width()>(card.shared_bytes_per_block, [&](auto tile) {

@@ -34,10 +34,11 @@ struct BentScore {
   float cap;          // in log2; 0: none
   float alibi_slope;  // in log2
 
+  DEVICE BentScore(float factor, float softcap, float slope)
+      : scale(softcap > 0.0f ? factor / softcap : factor * kLog2E), cap(softcap * kLog2E), alibi_slope(slope * kLog2E) {}
   DEVICE BentScore(const ScoreArgs& args, int head)
-      : scale(args.softcap > 0.0f ? args.scale / args.softcap : args.scale * kLog2E),
-        cap(args.softcap * kLog2E),
-        alibi_slope(args.alibi_slopes ? load_global<Cache::read_only>(args.alibi_slopes + head) * kLog2E : 0.0f) {}
+      : BentScore(args.scale, args.softcap,
+                  args.alibi_slopes ? load_global<Cache::read_only>(args.alibi_slopes + head) : 0.0f) {}
 
   // `distance` from the query to the key, of either sign.
   DEVICE float operator()(float product, float distance) const {

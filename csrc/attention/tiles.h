@@ -8,11 +8,20 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace almostgpt {
 
 constexpr int kKiB = 1024;
 constexpr int kFragmentRows = 16;  // of a tensor core instruction's left operand
+
+// Calls f with the width of the tiles, as a constant.
+template <class F>
+constexpr int with_width(int head_dim, F f) {
+  if (head_dim <= 64) return f(std::integral_constant<int, 64>());
+  if (head_dim <= 128) return f(std::integral_constant<int, 128>());
+  return f(std::integral_constant<int, 256>());
+}
 
 // A block has `queries` rows of one head; keys and values pass by in tiles of `keys`, two of each in
 // shared memory: one in use, one on its way. Each warp has its own rows.

@@ -17,9 +17,9 @@
 //   between     fence_gpu load_relaxed store_relaxed load_acquire store_release
 //   blocks      atomic_add atomic_add_acq_rel reduce_add reduce_add_f32x4
 //   maths       exp2_approx log2_approx rcp_approx rsqrt_approx tanh_approx max min
-//   16 bits     to_float to_bf16 to_fp16 pack_bf16 unpack_bf16_lo/hi pack_fp16 unpack_fp16_lo/hi
+//   16 bits     to_float to_bf16 to_fp16 pack_bf16 unpack_bf16_lo/hi pack_fp16 unpack_fp16_lo/hi pair_of_int8<T, i, j>
 //   sm_80       ldmatrix_x4 ldmatrix_x4_trans mma_m16n8k16<T>
-//               cp_async16 cp_async_commit cp_async_wait<N>
+//               cp_async16 cp_async4 cp_async_commit cp_async_wait<N>
 //   sm_90       elect_one mbar_init mbar_arrive mbar_arrive_expect_tx mbar_try_wait mbar_wait
 //               fence_mbarrier_init fence_proxy_async prefetch_tensor_map
 //               tma_load tma_store tma_reduce_add bulk_reduce_add_f32 tma_commit tma_wait<N> tma_wait_read<N>

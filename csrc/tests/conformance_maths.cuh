@@ -294,6 +294,39 @@ template <class T, class Bits> void check_vector(Run& run, Bits (*bits)(int)) {
              kName<T>);
 }
 
+// --- int8 to 16 bits: every value in every byte ------------------------------------------------------
+
+template <class T> KERNEL int8_kernel(const Global<const uint32_t> in, const Global<uint32_t> out) {
+  const int t = thread_id();
+  const uint32_t bytes = load_global(in + t);
+  store_global(out + 4 * t, pair_of_int8<T, 0, 1>(bytes));
+  store_global(out + 4 * t + 1, pair_of_int8<T, 2, 3>(bytes));
+  store_global(out + 4 * t + 2, pair_of_int8<T, 0, 2>(bytes));
+  store_global(out + 4 * t + 3, pair_of_int8<T, 1, 3>(bytes));
+}
+
+template <class T> void check_int8(Run& run) {
+  const auto byte = [](uint32_t t, int i) { return (t + 77 * i) & 0xff; };
+  const auto words = generate<uint32_t>(256, [&](size_t t) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) word |= byte(static_cast<uint32_t>(t), i) << 8 * i;
+    return word;
+  });
+  const auto bits = [&](uint32_t t, int i) {
+    return static_cast<uint32_t>(kFormat<T>.of(static_cast<int8_t>(byte(t, i))));
+  };
+  std::vector<uint32_t> want;
+  for (uint32_t t = 0; t < 256; ++t)
+    for (const auto& [i, j] : {std::pair(0, 1), {2, 3}, {0, 2}, {1, 3}}) want.push_back(bits(t, i) | bits(t, j) << 16);
+  const auto in = run.input(words);
+  const auto out = run.output<uint32_t>(want.size());
+  run.launch<int8_kernel<T>>({{1}, 256}, in, out);
+  run.expect(out, want, "pairs");
+}
+
+CASE(int8_to_bf16, "pair_of_int8") { check_int8<bf16>(run); }
+CASE(int8_to_fp16, "pair_of_int8") { check_int8<fp16>(run); }
+
 CASE(vectors, "pack unpack round_to to_float") {
   check_vector<bf16, uint16_t>(run, [](int i) { return kFormat<bf16>.of(i); });
   check_vector<fp16, uint16_t>(run, [](int i) { return kFormat<fp16>.of(i); });

@@ -129,5 +129,35 @@ CASE(cp_async, "cp_async16 cp_async_commit cp_async_wait") {
   run.expect(out, want, "groups");
 }
 
+// One word a thread, every third of the second group not valid.
+KERNEL cp_async4_kernel(const Global<const uint32_t> in, const Global<uint32_t> out) {
+  const int t = thread_id();
+  const shared_addr mine = shared_base() + 4 * t, others = shared_base() + 4 * (kChunks - 1 - t);
+  store_shared(mine + 4 * kChunks, ~0u);
+  cp_async4(mine, in + t);
+  cp_async_commit();
+  cp_async4(mine + 4 * kChunks, in + (t % 3 == 0 ? kChunks + t : 1 << 20), t % 3 == 0);
+  cp_async_commit();
+  cp_async_wait<1>();
+  cta_sync();
+  store_global(out + t, load_shared<uint32_t>(others));
+  cp_async_wait<0>();
+  cta_sync();
+  store_global(out + kChunks + t, load_shared<uint32_t>(others + 4 * kChunks));
+}
+
+CASE(cp_async4, "cp_async4 cp_async_commit cp_async_wait") {
+  const auto words = generate<uint32_t>(2 * kChunks, [](size_t i) { return mix(static_cast<uint32_t>(i)) | 1; });
+  std::vector<uint32_t> want;
+  for (int i = 0; i < 2 * kChunks; ++i) {
+    const int from = kChunks - 1 - i % kChunks;
+    want.push_back(i < kChunks || from % 3 == 0 ? words[i / kChunks * kChunks + from] : 0);
+  }
+  const auto in = run.input(words);
+  const auto out = run.output<uint32_t>(want.size());
+  run.launch<cp_async4_kernel>({{1}, kChunks, 2 * 4 * kChunks}, in, out);
+  run.expect(out, want, "groups");
+}
+
 }  // namespace
 }  // namespace almostgpt::conformance

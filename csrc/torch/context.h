@@ -12,6 +12,7 @@
 //   context.op                    the op's name, which begins every message
 //   context.input(name, tensor)   a pointer for the launcher, after a check that the tensor is on the
 //   context.output(name, tensor)    device of the op's first argument; <float> for a float*
+//   context.state(name, tensor)     … of what is read and written
 //   context.stream()
 //   context.check(error)          throws what a launcher returned
 #pragma once

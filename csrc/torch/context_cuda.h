@@ -28,6 +28,9 @@ class Context {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
+  // Read and written.
+  template <class T = void> T* state(const char* name, const Tensor& tensor) { return output<T>(name, tensor); }
+
   void* stream() const {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "almostgpt: this torch has no CUDA");
     void* stream = nullptr;

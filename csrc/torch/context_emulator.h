@@ -27,6 +27,11 @@ class Context {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
+  template <class T = void> T* state(const char* name, const Tensor& tensor) {
+    announce(name, tensor, tensor.mutable_data_ptr(), emulator::Use::input_output);
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+
   void* stream() const { return nullptr; }
   void check(int error) const { check_error(op, error); }
 

@@ -302,6 +302,24 @@ DEVICE uint32_t pack_fp16(float lo, float hi) {
 DEVICE float unpack_fp16_lo(uint32_t pair) { return to_float(fp16{static_cast<uint16_t>(pair)}); }
 DEVICE float unpack_fp16_hi(uint32_t pair) { return to_float(fp16{static_cast<uint16_t>(pair >> 16)}); }
 
+// Bytes i and j of four int8, exactly, as a pair of T. A byte takes the place of the lowest bits of a
+// number whose last bit is 1, which is subtracted again: conversions have units of their own, and fewer.
+template <class T, int i, int j> DEVICE uint32_t pair_of_int8(uint32_t bytes) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, fp16>) {
+    // 1024 + (x + 128), and minus 1152.
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(bytes ^ 0x80808080u), "r"(0x64646464u), "n"(0x4040 | j << 8 | i));
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(pair), "r"(0x64806480u));
+  } else {
+    static_assert(std::is_same_v<T, bf16>);
+    // It has a bit less: 128 + (x without its sign), and minus 128, or 256 of a negative one.
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(bytes), "r"(0u), "n"(0x4040 | j << 8 | i));
+    const uint32_t low = (pair & 0x007f007fu) | 0x43004300u, base = (pair & 0x00800080u) | 0xc300c300u;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(low), "r"(0x3f803f80u), "r"(base));
+  }
+  return pair;
+}
+
 // --- host -------------------------------------------------------------------------------------------------
 
 // Errors are cudaError_t values; 0 is success.

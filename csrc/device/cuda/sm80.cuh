@@ -49,6 +49,11 @@ template <class T> DEVICE void cp_async16(shared_addr to, Global<T> from, bool v
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                ::"r"(to), "l"(detail::address_of(from)), "r"(valid ? 16 : 0) : "memory");
 }
+// The same of 4 bytes, both addresses multiples of 4.
+template <class T> DEVICE void cp_async4(shared_addr to, Global<T> from, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               ::"r"(to), "l"(detail::address_of(from)), "r"(valid ? 4 : 0) : "memory");
+}
 // Makes a group of this thread's copies since the last one.
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most the N newest groups are still under way.

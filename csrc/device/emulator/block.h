@@ -44,7 +44,8 @@ struct ProxyFence {
 struct AsyncCopy {  // cp.async
   uint32_t to;
   const void* from;
-  uint32_t bytes;  // read from there; the rest of the 16 is zero
+  uint32_t size;   // 4 or 16 bytes
+  uint32_t bytes;  // read from there; the rest is zero
   int group;
   bool done;  // early: in memory, though nobody may know
 };

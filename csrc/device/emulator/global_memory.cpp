@@ -314,9 +314,9 @@ void store_strong(void* to, uint32_t value, bool releases, Location at) {
 
 float atomic_add(float* to, float value, Location at) { return atomic_add_as(to, value, false, at); }
 
-void check_vector_alignment(const void* address, const char* what, Location at) {
-  if (reinterpret_cast<uintptr_t>(address) % 16)
-    fail("misaligned", at, format("a %s at %p of global memory must be at a multiple of 16", what, address));
+void check_alignment(const void* address, uint32_t bytes, const char* what, Location at) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes)
+    fail("misaligned", at, format("a %s at %p of global memory must be at a multiple of %u", what, address, bytes));
 }
 
 uint32_t atomic_add(uint32_t* to, uint32_t value, bool acquire_release, Location at) {

@@ -203,7 +203,7 @@ DEVICE void reduce_add(Global<float> to, float value, Location at = Location::he
   emulator::atomic_add(detail::address_of(to), value, at);
 }
 DEVICE void reduce_add_f32x4(Global<float> to, f32x4 value, Location at = Location::here()) {
-  emulator::check_vector_alignment(detail::address_of(to), "sum of four floats", at);
+  emulator::check_alignment(detail::address_of(to), 16, "sum of four floats", at);
   emulator::atomic_add(detail::address_of(to), value.x, at);
   emulator::atomic_add(detail::address_of(to) + 1, value.y, at);
   emulator::atomic_add(detail::address_of(to) + 2, value.z, at);
@@ -240,6 +240,12 @@ DEVICE uint32_t pack_fp16(float lo, float hi) {
 }
 DEVICE float unpack_fp16_lo(uint32_t pair) { return emulator::fp16_value(static_cast<uint16_t>(pair)); }
 DEVICE float unpack_fp16_hi(uint32_t pair) { return emulator::fp16_value(static_cast<uint16_t>(pair >> 16)); }
+
+template <class T, int i, int j> uint32_t pair_of_int8(uint32_t bytes) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+  const float lo = static_cast<int8_t>(bytes >> 8 * i), hi = static_cast<int8_t>(bytes >> 8 * j);
+  return std::is_same_v<T, bf16> ? pack_bf16(lo, hi) : pack_fp16(lo, hi);
+}
 
 // --- host -----------------------------------------------------------------------------------------------------------------
 

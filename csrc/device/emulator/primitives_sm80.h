@@ -84,7 +84,10 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 // --- asynchronous copies --------------------------------------------------------------------------------------
 
 template <class T> void cp_async16(shared_addr to, Global<T> from, bool valid = true, Location at = Location::here()) {
-  emulator::cp_async16(to, detail::address_of(from), valid, at);
+  emulator::cp_async(to, detail::address_of(from), 16, valid, at);
+}
+template <class T> void cp_async4(shared_addr to, Global<T> from, bool valid = true, Location at = Location::here()) {
+  emulator::cp_async(to, detail::address_of(from), 4, valid, at);
 }
 DEVICE void cp_async_commit(Location at = Location::here()) { emulator::cp_async_commit(at); }
 template <int N> void cp_async_wait(Location at = Location::here()) { emulator::cp_async_wait(N, at); }

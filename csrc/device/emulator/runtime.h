@@ -63,11 +63,11 @@ uint32_t load_strong(const void* from, bool acquire, Location at);
 void store_strong(void* to, uint32_t value, bool release, Location at);
 float atomic_add(float* to, float value, Location at);
 uint32_t atomic_add(uint32_t* to, uint32_t value, bool acquire_release, Location at);
-void check_vector_alignment(const void* address, const char* what, Location at);  // of 16 bytes
+void check_alignment(const void* address, uint32_t bytes, const char* what, Location at);
 
 // --- cp.async (cp_async.cpp) ------------------------------------------------------------------------------------
 
-void cp_async16(device::shared_addr to, const void* from, bool valid, Location at);
+void cp_async(device::shared_addr to, const void* from, uint32_t size, bool valid, Location at);
 void cp_async_commit(Location at);
 void cp_async_wait(int newest, Location at);
 

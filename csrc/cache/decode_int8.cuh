@@ -1,0 +1,94 @@
+// Products with keys and values of 8 bits, which become T in registers, exactly: the tensor cores then
+// multiply as ever. Products of 8 bits would need queries and probabilities of 8 bits, too, and save
+// nothing: what takes time is reading.
+//
+// ldmatrix moves pairs of bytes. Of a row of keys a lane so gets four neighbours where it would get two
+// and another two of T; so the queries lie in that order (order_like_int8). Of values it gets two
+// neighbouring columns of two keys, which go into two fragments, of the even and of the odd columns.
+#pragma once
+
+#include "attention/fragments.cuh"
+#include "cache/decode_merge.cuh"
+#include "cache/ring.cuh"
+
+namespace almostgpt {
+
+// Of 16 columns: 0 1 4 5 8 9 12 13, and 2 3 6 7 10 11 14 15. So what a lane has of one instruction's depth
+// of 16, columns 2 t, 2 t + 1 and 2 t + 8, 2 t + 9, are columns 4 t to 4 t + 3 of the keys.
+DEVICE void order_like_int8(u32x4& low, u32x4& high) {
+  const u32x4 a = low, b = high;
+  low = {a.x, a.z, b.x, b.z};
+  high = {a.y, a.w, b.y, b.w};
+}
+
+// multiply of fragments.cuh, with B of 16 rows of int8: its tile has two of them to an element.
+template <class T, int row_tiles, class TileA, class TileB>
+DEVICE void multiply_int8(float (&sums)[row_tiles][2][4], const LaneCursor<TileA>& a, const LaneCursor<TileB>& b) {
+  static_assert(TileA::columns == 2 * TileB::columns && TileB::rows == 16);
+  UNROLL_BY(1)
+  for (int panel = 0; panel < TileB::columns / (8 * TileB::chunks); ++panel) {
+    LaneCursor<TileB> b_panel = b;
+    b_panel.base += panel * (TileB::rows * TileB::line);
+    LaneCursor<TileA> a_panel = a;  // 16 columns of int8 are one chunk, of T they are two
+    a_panel.base += panel * (2 * TileB::chunks / TileA::chunks) * (TileA::rows * TileA::line);
+    UNROLL for (int chunk = 0; chunk < TileB::chunks; chunk += 2) {
+      uint32_t right[4];  // of keys 0 to 7: this chunk and the next; the same of keys 8 to 15
+      ldmatrix_x4(right, b_panel.at(0, chunk));
+      UNROLL for (int next = 0; next < 2; ++next) {
+        const uint32_t b0[2] = {pair_of_int8<T, 0, 1>(right[next]), pair_of_int8<T, 0, 1>(right[2 + next])};
+        const uint32_t b1[2] = {pair_of_int8<T, 2, 3>(right[next]), pair_of_int8<T, 2, 3>(right[2 + next])};
+        UNROLL for (int r = 0; r < row_tiles; ++r) {
+          uint32_t left[4];
+          ldmatrix_x4(left, a_panel.at(16 * r, 2 * (chunk + next)));
+          UNROLL for (int c = 0; c < 2; ++c) mma_m16n8k16<T>(sums[r][c], left, b0[c], b1[c]);
+        }
+      }
+    }
+  }
+}
+
+// multiply_rows, of 16 rows of int8; sums of columns 16 c, 16 c + 2 … and 16 c + 1, 16 c + 3 … lie in
+// fragments 2 c and 2 c + 1.
+template <class T, int row_tiles, int column_tiles, class Tile>
+DEVICE void multiply_rows_int8(float (&sums)[row_tiles][column_tiles][4], const uint32_t (&a)[row_tiles][4],
+                               const LaneCursor<Tile>& b) {
+  static_assert(column_tiles * 8 == 2 * Tile::columns && Tile::rows == 16);
+  UNROLL for (int chunk = 0; chunk < Tile::columns / 8; chunk += 2) {
+    uint32_t right[4];  // of this chunk: keys 0 to 7, and 8 to 15; the same of the next chunk
+    ldmatrix_x4_trans(right, b.at(0, chunk));
+    UNROLL for (int next = 0; next < 2; ++next) {
+      const uint32_t low = right[2 * next], high = right[2 * next + 1];
+      UNROLL for (int r = 0; r < row_tiles; ++r) {
+        float(&even)[4] = sums[r][2 * (chunk + next)];
+        float(&odd)[4] = sums[r][2 * (chunk + next) + 1];
+        mma_m16n8k16<T>(even, a[r], pair_of_int8<T, 0, 2>(low), pair_of_int8<T, 0, 2>(high));
+        mma_m16n8k16<T>(odd, a[r], pair_of_int8<T, 1, 3>(low), pair_of_int8<T, 1, 3>(high));
+      }
+    }
+  }
+}
+
+// A tile's scales: of 16 keys, and of their values.
+struct Int8Scales {
+  shared_addr base;
+
+  // A lane copies one of them.
+  DEVICE void copy(Global<const float> keys, Global<const float> values, const Ring& ring, int slot, int count) const {
+    const int row = lane_id() % 16;
+    const bool there = row < count;
+    cp_async4(base + 4 * lane_id(), (lane_id() < 16 ? keys : values) + ring.advance(slot, there ? row : 0), there);
+  }
+  DEVICE void keys(float (&scales)[4]) const { of_columns(base, scales); }
+  DEVICE void values(float (&scales)[4]) const { of_columns(base + 64, scales); }
+
+ private:
+  // Of the columns that a lane has in two fragments of scores: 2 t, 2 t + 1, and the same 8 further on.
+  DEVICE static void of_columns(shared_addr from, float (&scales)[4]) {
+    UNROLL for (int c = 0; c < 2; ++c) {
+      const FloatPair pair = load_shared<FloatPair>(from + 32 * c + lane_id() % 4 * 8);
+      scales[2 * c] = pair.x, scales[2 * c + 1] = pair.y;
+    }
+  }
+};
+
+}  // namespace almostgpt
