@@ -10,10 +10,10 @@
 #include "attention/heads.cuh"
 #include "attention/softmax.cuh"
 #include "cache/decode_int8.cuh"
+#include "cache/decode_keys.cuh"
 #include "cache/decode_kernels.h"
 #include "cache/decode_merge.cuh"
 #include "cache/decode_tiles.h"
-#include "cache/ring.cuh"
 
 namespace almostgpt {
 
@@ -25,6 +25,7 @@ struct DecodeArgs {
   Global<const float> key_scales, value_scales;
   Global<const int32_t> before, added;
   ScoreArgs scores;
+  bool bent;  // by a softcap or ALiBi
   Global<const float> sink_logits;
   SplitSums sums;
   Ring ring;
@@ -41,14 +42,6 @@ struct DecodeRow {
   template <class Args>
   DEVICE DecodeRow(const Args& a, int row, int kv_head, int added)
       : token(row / a.sharing), head(kv_head * a.sharing + row % a.sharing), there(token < added) {}
-};
-
-// A run of positions whose keys are in slots that follow each other, once around the ring at most.
-struct KeyRun {
-  int begin, end;
-  bool sinks;
-
-  DEVICE int tiles() const { return end > begin ? (end - begin + kDecodeKeys - 1) / kDecodeKeys : 0; }
 };
 
 // Rows of queries into shared memory, 16 columns a time; what is not there becomes zeros.
@@ -70,21 +63,56 @@ DEVICE void load_queries(const Tile& tile, const HeadsOf<const T>& q, const Args
   }
 }
 
-// Slots into a warp's own tile. A row of the tile is a slot's columns in units of 16 bytes.
-template <class Tile, class Stored>
-DEVICE void copy_slots(const Tile& tile, Global<const Stored> slots, const Ring& ring, int slot, int count,
-                       int head_dim) {
-  constexpr int chunks = Tile::columns / 8, step = 32 / chunks, chunk_width = 16 / static_cast<int>(sizeof(Stored));
-  static_assert(32 % chunks == 0 && Tile::rows % step == 0);
-  const int lane = lane_id(), chunk = lane % chunks;
-  const bool column_there = chunk * chunk_width < head_dim;
-  UNROLL for (int i = 0; i < Tile::rows / step; ++i) {
-    const int row = lane / chunks + i * step;
-    const bool there = column_there && row < count;
-    const int64_t from = int64_t{ring.advance(slot, there ? row : 0)} * head_dim + (there ? chunk * chunk_width : 0);
-    cp_async16(tile.at(row, chunk), slots + from, there);
+// What the scores of a tile are, once the products are there: bent, and those that a row does not see gone.
+// A lane has rows lane / 4 and 8 more of each 16, and columns 2 (lane % 4) and the next of every 8.
+template <int row_tiles>
+struct DecodeScores {
+  int sees[row_tiles][2];     // the last position that a row sees; -1: none
+  float slope[row_tiles][2];  // of ALiBi
+
+  template <class Args>
+  DEVICE DecodeScores(const Args& a, int first_row, int kv_head, int before, int added) {
+    UNROLL for (int r = 0; r < row_tiles; ++r)
+      UNROLL for (int half = 0; half < 2; ++half) {
+        const DecodeRow at(a, first_row + 16 * r + 8 * half + lane_id() / 4, kv_head, added);
+        sees[r][half] = at.there ? before + at.token : -1;
+        slope[r][half] =
+            at.there && a.scores.alibi_slopes ? load_global<Cache::read_only>(a.scores.alibi_slopes + at.head) : 0.0f;
+      }
   }
-}
+
+  // `position` of the tile's first column. For the distance to a sink no row stands beyond the window.
+  template <int score_tiles>
+  DEVICE void bend(float (&scores)[row_tiles][score_tiles][4], const ScoreArgs& args, int position, bool are_sinks,
+                   int window) const {
+    const int column = position + lane_id() % 4 * 2;
+    UNROLL for (int r = 0; r < row_tiles; ++r)
+      UNROLL for (int half = 0; half < 2; ++half) {
+        const BentScore score(args.scale, args.softcap, slope[r][half]);
+        const int here = are_sinks ? min(sees[r][half], window - 1) : sees[r][half];
+        UNROLL for (int c = 0; c < score_tiles; ++c)
+          UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e)
+            scores[r][c][e] = score(scores[r][c][e], static_cast<float>(here - (column + 8 * c + e % 2)));
+      }
+  }
+
+  // A row sees the sinks, of which there are `sinks`, or the last `in_window` positions up to its own.
+  template <int score_tiles>
+  DEVICE void mask(float (&scores)[row_tiles][score_tiles][4], int position, bool are_sinks, int sinks,
+                   int in_window) const {
+    const int column = position + lane_id() % 4 * 2;
+    UNROLL for (int r = 0; r < row_tiles; ++r)
+      UNROLL for (int half = 0; half < 2; ++half) {
+        const int last = are_sinks ? min(sees[r][half], sinks - 1) : sees[r][half];
+        const int first = are_sinks ? 0 : last - in_window + 1;
+        UNROLL for (int c = 0; c < score_tiles; ++c)
+          UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            const int key = column + 8 * c + e % 2;
+            if (key < first || key > last) scores[r][c][e] = kMinusInfinity;
+          }
+      }
+  }
+};
 
 template <class T, class Stored, class Tile>
 KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT const DecodeArgs<T, Stored> a) {
@@ -100,12 +128,9 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
 
   const int before = tokens_before(a.before, batch);
   const int added = a.added ? min(a.tokens, load_global<Cache::read_only>(a.added + batch)) : a.tokens;
-  const int end = added > 0 ? before + added : 0;
-  const int in_window = a.window - a.ring.sinks;  // positions that a query sees beside the sinks
-  const KeyRun sinks{0, min(a.ring.sinks, end), true};
-  const KeyRun newest{max(a.ring.sinks, before - in_window + 1), end, false};
-  const int tiles = sinks.tiles() + newest.tiles(), split_tiles = (tiles + a.splits - 1) / a.splits;
-  const int first_tile = split * split_tiles, end_tile = min(tiles, first_tile + split_tiles);
+  const KeyTiles keys(a.ring, a.window, before, added > 0 ? before + added : 0);
+  const int split_tiles = (keys.tiles() + a.splits - 1) / a.splits;
+  const int first_tile = split * split_tiles, end_tile = min(keys.tiles(), first_tile + split_tiles);
 
   using QTile = SharedTile<Tile::rows, Tile::head_dim>;
   using KTile = SharedTile<kDecodeKeys, Tile::head_dim / (int8 ? 2 : 1)>;  // two int8 are as wide as a T
@@ -117,38 +142,24 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
   const auto tile_scales = [&](int stage) { return Int8Scales{scales + stage * Tile::scale_bytes}; };
 
   const int64_t slots = int64_t{group} * a.ring.capacity;
-  const Global<const Stored> keys = a.keys + slots * a.head_dim, values = a.values + slots * a.head_dim;
-  const auto run_of = [&](int tile) { return tile < sinks.tiles() ? sinks : newest; };
-  const auto position_of = [&](int tile) {
-    return tile < sinks.tiles() ? tile * kDecodeKeys : newest.begin + (tile - sinks.tiles()) * kDecodeKeys;
-  };
   const auto fetch = [&](int tile, int stage) {
     if (tile < end_tile) {
-      const int position = position_of(tile), slot = a.ring.slot(position), count = run_of(tile).end - position;
-      copy_slots(k_tile(stage), keys, a.ring, slot, count, a.head_dim);
-      copy_slots(v_tile(stage), values, a.ring, slot, count, a.head_dim);
-      if constexpr (int8)
-        tile_scales(stage).copy(a.key_scales + slots, a.value_scales + slots, a.ring, slot, count);
+      const SlotRun run = keys.slots_of(tile);
+      copy_slots(k_tile(stage), v_tile(stage), a.keys + slots * a.head_dim, a.values + slots * a.head_dim, a.ring, run,
+                 a.head_dim);
+      if constexpr (int8) tile_scales(stage).copy(a.key_scales + slots, a.value_scales + slots, a.ring, run);
     }
     cp_async_commit();
   };
   UNROLL for (int stage = 0; stage < Tile::stages - 1; ++stage) fetch(first_tile + warp + stage * Tile::warps, stage);
 
   load_queries<int8>(q_tile, a.q, a, batch, kv_head, first_row);
-  const bool own_sinks = a.q_sink.data && first_tile < sinks.tiles();
+  const bool own_sinks = a.q_sink.data && keys.are_sinks(first_tile);
   if (own_sinks) load_queries<int8>(q_sink_tile, a.q_sink, a, batch, kv_head, first_row);
   cta_sync();
 
-  // This lane's rows: the last position that each sees, and how its scores are bent.
-  int sees[row_tiles][2];
-  float slope[row_tiles][2];
-  UNROLL for (int r = 0; r < row_tiles; ++r)
-    UNROLL for (int half = 0; half < 2; ++half) {
-      const DecodeRow at(a, first_row + 16 * r + 8 * half + lane / 4, kv_head, added);
-      sees[r][half] = at.there ? before + at.token : -1;
-      slope[r][half] =
-          at.there && a.scores.alibi_slopes ? load_global<Cache::read_only>(a.scores.alibi_slopes + at.head) : 0.0f;
-    }
+  const DecodeScores<row_tiles> rules(a, first_row, kv_head, before, added);
+  const float factor = a.bent ? 1.0f : a.scores.scale * kLog2E;  // from a score to log2
 
   float out[row_tiles][out_tiles][4] = {};
   OnlineSoftmax<row_tiles> softmax;
@@ -160,32 +171,25 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
     fetch(tile + (Tile::stages - 1) * Tile::warps, stage == 0 ? Tile::stages - 1 : stage - 1);
 
     // S = Q K^T
-    const bool is_sinks = tile < sinks.tiles();
+    const bool are_sinks = keys.are_sinks(tile);
     float scores[row_tiles][score_tiles][4] = {};
-    const auto q_at = left(is_sinks && own_sinks ? q_sink_tile : q_tile);
+    const auto q_at = left(are_sinks && own_sinks ? q_sink_tile : q_tile);
     if constexpr (int8) multiply_int8<T>(scores, q_at, right(k_tile(stage)));
     else multiply<T>(scores, q_at, right(k_tile(stage)));
 
-    const int column = position_of(tile) + 2 * (lane % 4);  // this lane's first, as a position
-    float key_scale[4], value_scale[4];  // of its columns
-    if constexpr (int8) tile_scales(stage).keys(key_scale), tile_scales(stage).values(value_scale);
-    UNROLL for (int r = 0; r < row_tiles; ++r)
-      UNROLL for (int half = 0; half < 2; ++half) {
-        // The positions that this row sees here, and the one that it has for the distance to them.
-        const int last = is_sinks ? min(sees[r][half], sinks.end - 1) : sees[r][half];
-        const int first = is_sinks ? 0 : last - in_window + 1;
-        const int here = is_sinks ? min(sees[r][half], a.window - 1) : sees[r][half];
-        const BentScore score(a.scores.scale, a.scores.softcap, slope[r][half]);
+    float value_scale[4];  // of this lane's columns
+    if constexpr (int8) {
+      float key_scale[4];
+      tile_scales(stage).keys(key_scale), tile_scales(stage).values(value_scale);
+      UNROLL for (int r = 0; r < row_tiles; ++r)
         UNROLL for (int c = 0; c < score_tiles; ++c)
-          UNROLL for (int e = 0; e < 2; ++e) {
-            const int key = column + 8 * c + e;
-            float& value = scores[r][c][2 * half + e];
-            if constexpr (int8) value *= key_scale[2 * c + e];
-            value = score(value, static_cast<float>(here - key));
-            if (key < first || key > last) value = kMinusInfinity;
-          }
-      }
-    softmax.add(scores, out, 1.0f);
+          UNROLL for (int e = 0; e < 4; ++e) scores[r][c][e] *= key_scale[2 * c + e % 2];
+    }
+    const int position = keys.position(tile);
+    if (a.bent) rules.bend(scores, a.scores, position, are_sinks, a.window);
+    // Most tiles are seen by all rows. Rows that are not there may do as they like: nobody stores them.
+    if (!keys.all_see(tile, before)) rules.mask(scores, position, are_sinks, keys.sinks, keys.in_window);
+    softmax.add(scores, out, factor);
 
     // O += P V
     uint32_t p[row_tiles][4];
@@ -219,7 +223,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
   UNROLL for (int r = 0; r < row_tiles; ++r) {
     cta_sync();  // nobody reads keys, or the sums before, any more
     UNROLL for (int half = 0; half < 2; ++half) {
-      const auto row = softmax.finish(r, half, 1.0f, kMinusInfinity);
+      const auto row = softmax.finish(r, half, factor, kMinusInfinity);
       warps.store(warp, half, row.lse, row.weight, out[r]);
     }
     cta_sync();
@@ -303,6 +307,7 @@ int decode_attention_sm80(const DecodeInputs& inputs, const DecodeScratch& scrat
     args.before = Global<const int32_t>(inputs.lengths.before);
     args.added = Global<const int32_t>(inputs.lengths.added);
     args.scores = {inputs.scale, inputs.softcap, Global<const float>(inputs.alibi_slopes)};
+    args.bent = inputs.softcap > 0.0f || inputs.alibi_slopes;
     args.sink_logits = Global<const float>(inputs.sink_logits);
     args.sums = {Global<float>(scratch.sums), Global<float>(scratch.lse),
                  Global<int32_t>(scratch.tickets).as<uint32_t>()};

@@ -9,7 +9,7 @@
 
 #include "attention/fragments.cuh"
 #include "cache/decode_merge.cuh"
-#include "cache/ring.cuh"
+#include "cache/decode_keys.cuh"
 
 namespace almostgpt {
 
@@ -73,10 +73,10 @@ struct Int8Scales {
   shared_addr base;
 
   // A lane copies one of them.
-  DEVICE void copy(Global<const float> keys, Global<const float> values, const Ring& ring, int slot, int count) const {
+  DEVICE void copy(Global<const float> keys, Global<const float> values, const Ring& ring, const SlotRun& run) const {
     const int row = lane_id() % 16;
-    const bool there = row < count;
-    cp_async4(base + 4 * lane_id(), (lane_id() < 16 ? keys : values) + ring.advance(slot, there ? row : 0), there);
+    const bool there = row < run.count;
+    cp_async4(base + 4 * lane_id(), (lane_id() < 16 ? keys : values) + ring.advance(run.slot, there ? row : 0), there);
   }
   DEVICE void keys(float (&scales)[4]) const { of_columns(base, scales); }
   DEVICE void values(float (&scales)[4]) const { of_columns(base + 64, scales); }

@@ -314,7 +314,9 @@ template <class T, int i, int j> DEVICE uint32_t pair_of_int8(uint32_t bytes) {
     static_assert(std::is_same_v<T, bf16>);
     // It has a bit less: 128 + (x without its sign), and minus 128, or 256 of a negative one.
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(bytes), "r"(0u), "n"(0x4040 | j << 8 | i));
-    const uint32_t low = (pair & 0x007f007fu) | 0x43004300u, base = (pair & 0x00800080u) | 0xc300c300u;
+    uint32_t low, base;  // (pair & mask) | bits is one instruction, of which nvcc 13.0 makes two
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(low) : "r"(pair), "r"(0x007f007fu), "r"(0x43004300u));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(base) : "r"(pair), "r"(0x00800080u), "r"(0xc300c300u));
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(low), "r"(0x3f803f80u), "r"(base));
   }
   return pair;
