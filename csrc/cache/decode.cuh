@@ -67,29 +67,28 @@ DEVICE void load_queries(const Tile& tile, const HeadsOf<const T>& q, const Args
 // A lane has rows lane / 4 and 8 more of each 16, and columns 2 (lane % 4) and the next of every 8.
 template <int row_tiles>
 struct DecodeScores {
-  int sees[row_tiles][2];     // the last position that a row sees; -1: none
-  float slope[row_tiles][2];  // of ALiBi
+  int sees[row_tiles][2];  // the last position that a row sees; -1: none
+  int first_row, kv_head;
 
   template <class Args>
-  DEVICE DecodeScores(const Args& a, int first_row, int kv_head, int before, int added) {
+  DEVICE DecodeScores(const Args& a, int first_row, int kv_head, int before, int added)
+      : first_row(first_row + lane_id() / 4), kv_head(kv_head) {
     UNROLL for (int r = 0; r < row_tiles; ++r)
       UNROLL for (int half = 0; half < 2; ++half) {
-        const DecodeRow at(a, first_row + 16 * r + 8 * half + lane_id() / 4, kv_head, added);
+        const DecodeRow at = row(a, r, half, added);
         sees[r][half] = at.there ? before + at.token : -1;
-        slope[r][half] =
-            at.there && a.scores.alibi_slopes ? load_global<Cache::read_only>(a.scores.alibi_slopes + at.head) : 0.0f;
       }
   }
 
   // `position` of the tile's first column. For the distance to a sink no row stands beyond the window.
-  template <int score_tiles>
-  DEVICE void bend(float (&scores)[row_tiles][score_tiles][4], const ScoreArgs& args, int position, bool are_sinks,
-                   int window) const {
+  // The slopes are read anew for each tile: kept, they would take more registers than there are.
+  template <int score_tiles, class Args>
+  DEVICE void bend(float (&scores)[row_tiles][score_tiles][4], const Args& a, int position, bool are_sinks) const {
     const int column = position + lane_id() % 4 * 2;
     UNROLL for (int r = 0; r < row_tiles; ++r)
       UNROLL for (int half = 0; half < 2; ++half) {
-        const BentScore score(args.scale, args.softcap, slope[r][half]);
-        const int here = are_sinks ? min(sees[r][half], window - 1) : sees[r][half];
+        const BentScore score(a.scores, row(a, r, half, a.tokens).head);
+        const int here = are_sinks ? min(sees[r][half], a.window - 1) : sees[r][half];
         UNROLL for (int c = 0; c < score_tiles; ++c)
           UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e)
             scores[r][c][e] = score(scores[r][c][e], static_cast<float>(here - (column + 8 * c + e % 2)));
@@ -111,6 +110,12 @@ struct DecodeScores {
             if (key < first || key > last) scores[r][c][e] = kMinusInfinity;
           }
       }
+  }
+
+ private:
+  template <class Args>
+  DEVICE DecodeRow row(const Args& a, int r, int half, int added) const {
+    return {a, first_row + 16 * r + 8 * half, kv_head, added};
   }
 };
 
@@ -186,7 +191,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
           UNROLL for (int e = 0; e < 4; ++e) scores[r][c][e] *= key_scale[2 * c + e % 2];
     }
     const int position = keys.position(tile);
-    if (a.bent) rules.bend(scores, a.scores, position, are_sinks, a.window);
+    if (a.bent) rules.bend(scores, a, position, are_sinks);
     // Most tiles are seen by all rows. Rows that are not there may do as they like: nobody stores them.
     if (!keys.all_see(tile, before)) rules.mask(scores, position, are_sinks, keys.sinks, keys.in_window);
     softmax.add(scores, out, factor);

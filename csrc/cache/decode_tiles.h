@@ -37,14 +37,13 @@ struct DecodeTile {
   static constexpr int blocks = 2;  // on a multiprocessor, by registers
 };
 
-// Calls f with the tile for so many rows. One that has more rows takes more registers than the keys of
-// few rows can make good, so there are two of each, as far as the registers go: with 256 columns only one.
+// Calls f with the tile for so many rows: 16, or 32 where the registers hold the sums of as many. Four
+// tiles of rows at 64 columns spilled on sm_120.
 template <int head_dim, bool int8, class F>
 constexpr int with_decode_tile(int shared_bytes, int rows, F f) {
   const auto of_rows = [&](auto warps, auto stages) {
-    constexpr int most = head_dim == 64 ? 4 : head_dim == 128 ? 2 : 1;
-    if constexpr (most > 1) {
-      if (rows > kFragmentRows) return f(DecodeTile<head_dim, int8, most, warps(), stages()>());
+    if constexpr (head_dim < 256) {
+      if (rows > kFragmentRows) return f(DecodeTile<head_dim, int8, 2, warps(), stages()>());
     }
     return f(DecodeTile<head_dim, int8, 1, warps(), stages()>());
   };
