@@ -1,51 +1,454 @@
-"""The key/value cache: what attention has computed for earlier tokens, kept for later ones."""
+"""The key/value cache: what attention has computed for earlier tokens, kept for later ones.
+
+    full      a slot for every token, up to a capacity
+    rolling   slots for the first tokens (the sinks) and for the last ones: it never ends
+    in int8   either of them, in about half the bytes of 16-bit floats
+
+``almostgpt.kernels.kv_cache`` says which slot holds which token, what a token sees and from how far.
+A forward pass calls ``begin``, ``extend`` once a layer, and ``advance``::
+
+    cache = KVCache.rolling(model.config, batch=1, window=256, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        logits, _ = model(prompt, cache=cache)
+        logits, _ = model(logits.argmax(-1), cache=cache)
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from almostgpt.config import GPTConfig, resolve_model
+from almostgpt import kernels
+from almostgpt.config import GPTConfig, not_one_of, resolve_model
+from almostgpt.errors import UserError
+from almostgpt.kernels.kv_cache import MAX_POSITION, MAX_QUERIES
+from almostgpt.kernels.kv_cache_reference import in_order
+from almostgpt.kernels.rope import turns_of
+from almostgpt.model.attention import checked_lengths
+from almostgpt.model.position import POSITIONS
+
+if TYPE_CHECKING:
+    from almostgpt.model import GPT
+
+KINDS = ("auto", "full", "rolling", "int8", "none")
+SINK_TOKENS = 4  # what Xiao et al. found to be enough
+
+
+class Queries(NamedTuple):
+    """What ``append`` makes of q for ``attend``, as ``kernels.kv_append`` does."""
+
+    q: Tensor
+    q_sink: Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens of a forward pass that go through the ops at once.
+
+    Attributes:
+        tokens: which ones of the pass.
+        lengths: (B,) int32, tokens before them; None: those of the cache.
+        new_lengths: as of ``kernels.kv_append``.
+        in_order: where flash_attention takes them, of how many tokens the keys lie in order then.
+    """
+
+    tokens: slice
+    lengths: Tensor | None
+    new_lengths: Tensor | None
+    in_order: int | None
 
 
 class KVCache:
-    """Keys and values of up to ``capacity`` tokens for every layer.
+    """The keys and values of B sequences in every layer; ``full``, ``rolling`` or ``for_model`` make one.
 
-    Two buffers of shape (n_layer, batch, n_kv_head, capacity, head_dim), allocated once, so that a
-    decoding step copies only its own token.
+    Storage is allocated once. The lengths are kept twice: on the device for the kernels, and on the
+    host, so that nothing ever waits for a GPU to tell them.
 
-    Args:
-        config: the model's.
-        batch: sequences decoded side by side.
-        capacity: most tokens a sequence; default ``config.block_size``.
+    Attributes:
+        layers: a ``KVLayer`` for each layer of the model; they share lengths and tickets.
+        turns: (R/2,) int64, see ``kernels.rope.turns_of``; None where the model does not rotate.
+        config: the model's, resolved.
     """
 
-    def __init__(
-        self,
+    def __init__(self, config: GPTConfig, layers: Sequence[kernels.KVLayer], lengths: list[int]):
+        first = layers[0]
+        self.config = config
+        self.layers = tuple(
+            replace(layer, lengths=first.lengths, tickets=first.tickets) for layer in layers
+        )
+        frequencies = POSITIONS[config.position].frequencies(config)
+        self.turns = None if frequencies is None else turns_of(frequencies).to(first.keys.device)
+        self._lengths = lengths
+        self._finish()
+
+    # ------------------------------------------------------------ making one
+
+    @classmethod
+    def full(
+        cls,
         config: GPTConfig,
         batch: int,
         capacity: int | None = None,
         *,
+        int8: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ):
-        config = resolve_model(config)
-        capacity = config.block_size if capacity is None else capacity
-        shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+    ) -> KVCache:
+        """Slots for ``capacity`` tokens of each sequence, by default ``block_size``; then it ends.
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v: (B, Hkv, T, D) behind the earlier tokens of ``layer``.
-
-        Returns views (B, Hkv, length + T, D) of all keys and values so far.
+        Args:
+            config: the model's.
+            batch: B, sequences side by side.
+            int8: store in 8 bits, with a float32 scale for each token and head.
+            dtype, device: those of the model's weights.
         """
-        stop = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : stop] = k
-        self.values[layer, :, :, self.length : stop] = v
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        capacity = config.block_size if capacity is None else capacity
+        if not isinstance(capacity, int) or not 1 <= capacity <= MAX_POSITION:
+            raise UserError(f"capacity is {capacity}, but must be in 1 … {MAX_POSITION}")
+        return cls._made(config, batch, capacity, None, 0, int8, dtype, device)
 
-    def advance(self, tokens: int) -> None:
-        """Counts the tokens that every layer has stored in this forward pass."""
-        self.length += tokens
+    @classmethod
+    def rolling(
+        cls,
+        config: GPTConfig,
+        batch: int,
+        window: int | None = None,
+        sink_tokens: int = SINK_TOKENS,
+        *,
+        int8: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """Each token sees the first ``sink_tokens`` and the last ones, ``window`` (``block_size``) in all.
+
+        There are ``MAX_QUERIES`` − 1 slots more than that: of so many tokens appended at once the last
+        ones must not take slots that the first one still sees. Other arguments as of ``full``.
+        """
+        window = config.block_size if window is None else window
+        if not isinstance(window, int) or not 1 <= window <= config.block_size:
+            raise UserError(
+                f"window is {window}, but must be in 1 … {config.block_size}, the model's block_size"
+            )
+        if not isinstance(sink_tokens, int) or not 0 <= sink_tokens < window:
+            raise UserError(
+                f"sink_tokens is {sink_tokens}, but must be in 0 … {window - 1}: less than the window"
+            )
+        slots = window + MAX_QUERIES - 1
+        return cls._made(config, batch, slots, window, sink_tokens, int8, dtype, device)
+
+    @classmethod
+    def _made(cls, config, batch, slots, window, sink_tokens, int8, dtype, device) -> KVCache:
+        config = resolve_model(config)
+        layers = [
+            kernels.KVLayer.empty(
+                *(batch, config.n_kv_head, slots, config.head_dim),
+                dtype=torch.int8 if int8 else dtype,
+                window=window,
+                sink_tokens=sink_tokens,
+                device=device,
+            )
+            for _ in range(config.n_layer)
+        ]
+        return cls(config, layers, [0] * batch)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: GPT,
+        batch: int,
+        kind: str = "auto",
+        tokens: int | None = None,
+        window: int | None = None,
+        sink_tokens: int | None = None,
+    ) -> KVCache | None:
+        """The cache that a name means for a model.
+
+        auto is full as long as all tokens fit into the window, where a rolling cache does the same;
+        otherwise it is rolling. int8 is that in 8 bits.
+
+        Args:
+            model: it gives sizes, dtype and device.
+            kind: one of ``KINDS``; of "none" the cache is None.
+            tokens: how long a sequence becomes; None: nobody knows.
+            window: default ``block_size``.
+            sink_tokens: default ``SINK_TOKENS``, or what a smaller window leaves room for.
+
+        Raises:
+            UserError: impossible options, or more tokens than the cache or the model's positions reach.
+        """
+        check_options(kind, window, sink_tokens)
+        if kind == "none":
+            return None
+        config = model.config
+        endless, block_size = model.position.endless, config.block_size
+        if tokens is not None and tokens > block_size:
+            if not endless:
+                raise UserError(
+                    f"{tokens} tokens, prompt and new ones together, do not fit: the model's "
+                    f"{config.position} positions end at {block_size}. Ask for fewer, or give cache=none, "
+                    f"which computes the last {block_size} anew for every token"
+                )
+            if kind == "full":
+                raise UserError(
+                    f"{tokens} tokens, prompt and new ones together, do not fit: a full cache ends at "
+                    f"the model's block_size of {block_size}. cache=rolling goes on"
+                )
+        window_or_all = block_size if window is None else window
+        if tokens is None:
+            rolls = endless or window is not None
+        else:
+            rolls = tokens > window_or_all
+        weight = model.token_embedding.weight
+        options = {"int8": kind == "int8", "dtype": weight.dtype, "device": weight.device}
+        if kind == "full" or (kind != "rolling" and not rolls):
+            capacity = block_size if tokens is None else max(1, tokens)
+            return cls.full(config, batch, capacity, **options)
+        if sink_tokens is None:
+            sink_tokens = max(0, min(SINK_TOKENS, window_or_all - 1))
+        return cls.rolling(config, batch, window, sink_tokens, **options)
+
+    def fork(self, n: int) -> KVCache:
+        """A copy in which each sequence is there ``n`` times, one after the other; with its own storage."""
+        if n < 1:
+            raise UserError(f"a fork has at least 1 of each sequence, not {n}")
+
+        def copied(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat_interleave(n, 0)
+
+        layers = [
+            replace(
+                layer,
+                keys=copied(layer.keys),
+                values=copied(layer.values),
+                key_scales=copied(layer.key_scales),
+                value_scales=copied(layer.value_scales),
+                lengths=copied(layer.lengths),
+                tickets=layer.tickets.new_zeros(n * layer.tickets.numel()),
+            )
+            for layer in self.layers
+        ]
+        forked = KVCache(
+            self.config, layers, [length for length in self._lengths for _ in range(n)]
+        )
+        forked._spoiled = self._spoiled
+        return forked
+
+    # ------------------------------------------------------------ what it holds
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each sequence has had, on the host."""
+        return tuple(self._lengths)
+
+    @property
+    def device_lengths(self) -> Tensor:
+        """The same as (B,) int32 on the device; every layer has this very tensor."""
+        return self.layers[0].lengths
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self._lengths, default=0)
+
+    @property
+    def end(self) -> int:
+        """How many tokens a sequence may have."""
+        first = self.layers[0]
+        return first.capacity if first.window is None else MAX_POSITION
+
+    def reset(self) -> None:
+        """Forgets all tokens; the storage stays."""
+        self._lengths = [0] * len(self._lengths)
+        self.device_lengths.zero_()
+        self._finish()
+
+    # ------------------------------------------------------------ a forward pass
+
+    def begin(self, tokens: int, new_lengths: Sequence[int] | None = None) -> Tensor:
+        """Begins a forward pass of so many tokens of every sequence.
+
+        Args:
+            tokens: T.
+            new_lengths: B numbers: of a row only so many of the T are there, the first ones.
+
+        Returns:
+            (B, T) int64, the position of every token on the device. Padding has the position of the
+            last token before it, so that no table is overrun.
+
+        Raises:
+            UserError: no room for them.
+        """
+        new = [tokens] * len(self._lengths)
+        if new_lengths is not None:
+            new = checked_lengths(new_lengths, len(new), tokens)
+        self._check_room(new)
+        self._finish()
+        if any(more < tokens for more in new):
+            self._new_lengths = self._to_device([new])[0]
+        self._parts = self._planned(new)
+        self._overwrites = self._would_overwrite(new)
+        self._tokens, self._new = tokens, new
+        before = self.device_lengths.long()[:, None]
+        positions = before + torch.arange(tokens, device=before.device)
+        if self._new_lengths is not None:
+            last = before + self._new_lengths[:, None] - 1
+            positions = positions.minimum(last.clamp(min=0))
+        return positions
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Queries:
+        """Stores k and v (B, Hkv, T, D) of the tokens begun, with q (B, H, T, D); all not yet rotated."""
+        self._check_begun(layer, q)
+        self._spoiled = self._overwrites
+        options = {"new_lengths": self._new_lengths, "turns": self.turns}
+        return Queries(*kernels.kv_append(q, k, v, self.layers[layer], **options))
+
+    def attend(self, layer: int, queries: Queries) -> Tensor:
+        """Attention of up to ``MAX_QUERIES`` tokens, just appended, over the layer: (B, H, T, D)."""
+        return kernels.decode_attention(
+            queries.q,
+            self.layers[layer],
+            q_sink=queries.q_sink,
+            new_lengths=self._new_lengths,
+        )
+
+    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Both, of any number of tokens: stores k and v and gives the attention of q, (B, H, T, D).
+
+        As long as every token sees all before it, ``flash_attention`` reads them from the cache, so
+        that of an int8 cache it too reads what is stored. From there on, and where sequences are not
+        equally long, ``MAX_QUERIES`` tokens go at a time.
+        """
+        self._check_begun(layer, q)
+        self._spoiled = self._overwrites
+        stored = self.layers[layer]
+        out = [
+            self._extend_by(part, stored, *(x[:, :, part.tokens] for x in (q, k, v)))
+            for part in self._parts
+        ]
+        done = self._parts[-1].tokens.stop if self._parts else 0
+        if done < self._tokens:  # no row has more
+            out.append(torch.zeros_like(q[:, :, done:]))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _extend_by(self, part: _Part, layer: kernels.KVLayer, q, k, v) -> Tensor:
+        if part.lengths is not None:
+            layer = replace(layer, lengths=part.lengths)
+        new_lengths = part.new_lengths
+        q, q_sink = kernels.kv_append(q, k, v, layer, new_lengths=new_lengths, turns=self.turns)
+        if part.in_order is not None:
+            return kernels.flash_attention(q, *in_order(layer, part.in_order, q), causal=True)
+        return kernels.decode_attention(q, layer, q_sink=q_sink, new_lengths=new_lengths)
+
+    def advance(self) -> None:
+        """Ends a forward pass: its tokens are cached ones from here on."""
+        self._lengths = [had + new for had, new in zip(self._lengths, self._new, strict=True)]
+        self.device_lengths.add_(self._tokens if self._new_lengths is None else self._new_lengths)
+        self._finish()
+
+    def _finish(self) -> None:
+        """No forward pass is under way."""
+        self._tokens = 0
+        self._new = [0] * len(self._lengths)
+        self._new_lengths: Tensor | None = None
+        self._parts: list[_Part] = []
+        self._overwrites = False  # whether the pass takes slots of tokens that were still seen
+        self._spoiled = False  # whether one did, and did not end
+
+    # ------------------------------------------------------------ on the host
+
+    def _check_room(self, new: list[int]) -> None:
+        if self._spoiled:
+            raise UserError(
+                "an earlier forward pass failed midway, when it had taken the slots of tokens that are "
+                "still seen: reset() the cache and feed all tokens again"
+            )
+        for had, more in zip(self._lengths, new, strict=True):
+            if had + more > self.end:
+                raise UserError(
+                    f"{more} tokens after {had} cached ones are more than the {self.end} that the cache "
+                    f"{'has slots for' if self.layers[0].window is None else 'can count'}"
+                )
+
+    def _check_begun(self, layer: int, q: Tensor) -> None:
+        if q.shape[2] != self._tokens:
+            raise UserError(
+                f"{q.shape[2]} tokens for a cache, where begin() said {self._tokens}: a forward pass is "
+                "begin(), extend() once a layer, advance()"
+            )
+        if not 0 <= layer < len(self.layers):
+            raise UserError(f"layer {layer} of a cache of {len(self.layers)} layers")
+
+    def _would_overwrite(self, new: list[int]) -> bool:
+        """Whether these tokens take slots of earlier ones that the next token would see without them.
+
+        Not up to ``MAX_QUERIES`` of them: that is what the slots beside the window are for.
+        """
+        first = self.layers[0]
+        if first.window is None:
+            return False
+        spare = first.capacity - first.window + 1
+        return any(
+            more > spare and had > first.sink_tokens and had + more > first.capacity
+            for had, more in zip(self._lengths, new, strict=True)
+        )
+
+    def _planned(self, new: list[int]) -> list[_Part]:
+        """How the tokens go through the ops; what that takes on the device is made here, once."""
+        first = self.layers[0]
+        tokens = max(new, default=0)
+        together = len(set(self._lengths)) == 1
+        ordered = first.reach - self.length if together and tokens > MAX_QUERIES else 0
+        plan, numbers, start = [], [], 0
+        while start < tokens:
+            before = [had + start for had in self._lengths]  # means nothing where no more is there
+            if start < ordered:
+                most = min(ordered - start, first.capacity - first.sink_tokens)
+            else:
+                most = self._at_once(before, new, start)
+            stop = min(tokens, start + most)
+            if first.window is None:
+                # kv_append wants room for padding, too: the length of a row that gets nothing may be less.
+                before = [min(had, first.capacity - (stop - start)) for had in before]
+            now = [min(max(more - start, 0), stop - start) for more in new]
+            moved, padded = before != self._lengths, min(now) < stop - start
+            plan.append((start, stop, start < ordered, moved, padded))
+            numbers += [before] * moved + [now] * padded
+            start = stop
+        on_device = iter(self._to_device(numbers))
+        return [
+            _Part(
+                slice(start, stop),
+                next(on_device) if moved else None,
+                next(on_device) if padded else None,
+                self.length + stop if in_order else None,
+            )
+            for start, stop, in_order, moved, padded in plan
+        ]
+
+    def _at_once(self, before: list[int], new: list[int], start: int) -> int:
+        """How many tokens one ``decode_attention`` may take, where rows have had so many before it."""
+        first = self.layers[0]
+        if first.window is not None:
+            return MAX_QUERIES
+        room = [first.capacity - had for had, more in zip(before, new, strict=True) if more > start]
+        return min(MAX_QUERIES, *room)
+
+    def _to_device(self, numbers: list[list[int]]) -> Sequence[Tensor]:
+        """Each as a (B,) int32 tensor, all of them in one transfer that nothing waits for."""
+        if not numbers:
+            return []
+        tensor = torch.tensor(numbers, dtype=torch.int32)
+        return tensor.to(self.device_lengths.device, non_blocking=True).unbind(0)
+
+
+def check_options(kind: str, window: int | None, sink_tokens: int | None) -> None:
+    """Raises ``UserError`` for what no model could do."""
+    if kind not in KINDS:
+        raise UserError(f"cache is {not_one_of(kind, KINDS)}")
+    for name, value in (("window", window), ("sink_tokens", sink_tokens)):
+        if value is not None and kind in ("full", "none"):
+            raise UserError(f"{name} is for a cache that rolls, and cache={kind} does not")

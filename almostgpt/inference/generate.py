@@ -36,24 +36,37 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    use_cache: bool = True,
+    cache: str | KVCache = "auto",
+    window: int | None = None,
+    sink_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next id of every sequence, (B,) int64, as soon as it is drawn.
 
-    Once prompt and new tokens are longer than ``block_size``, every step sees the last ``block_size``
-    tokens, counted anew from position 0. Keys and values of a moved window are other ones, so the cache
-    ends there and each step recomputes its window: with and without cache the text is the same.
+    Each step feeds the model what its cache has not had: the prompt, whole, however long it is, then
+    one token at a time. Within ``block_size`` tokens every cache but int8 and one with a smaller
+    window gives what none at all gives.
 
     Args:
         temperature: 0 is greedy; above, logits are divided by it.
         top_k, top_p: see :func:`almostgpt.inference.sampling.sample`.
         seed: makes the draws repeatable; ``None`` draws from torch's global generator.
-        use_cache: keep keys and values instead of recomputing all positions for every token.
+        cache: where keys and values are kept.
+            ``"auto"``: full while prompt and new tokens fit into the window, rolling otherwise.
+            ``"full"``: all of them, up to ``block_size``.
+            ``"rolling"``: the first ``sink_tokens`` and the last ones, ``window`` in all; never ends.
+            ``"int8"``: as auto, in 8 bits.
+            ``"none"``: nowhere; every step recomputes the last ``block_size`` tokens from position 0.
+            A ``KVCache`` holds the first ``cache.length`` tokens of ``ids`` already: the rest is fed,
+            and it is left with all tokens but the last one drawn.
+        window: at most ``block_size``, the default.
+        sink_tokens: less than the window; default 4.
         vocab_size: draw ids below this alone, where the model has more than its tokenizer.
 
     Raises:
-        UserError: no token to start from, an id out of the vocabulary, impossible options.
+        UserError: at once, no token to start from, an id out of the vocabulary, impossible options,
+            more tokens than the cache holds or the model has positions for (learned and sinusoidal
+            ones end at ``block_size``).
     """
     check_sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 0:
@@ -61,40 +74,39 @@ def stream(
     _check_ids(ids, model.config.vocab_size)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return _steps(model, ids, max_new_tokens, draw, use_cache, vocab_size)
+    tokens = ids.shape[1] + max_new_tokens if max_new_tokens else 0
+    if isinstance(cache, KVCache):
+        _check_given(cache, model, ids, tokens, window, sink_tokens)
+        unseen = ids[:, cache.length :]
+    else:
+        cache = KVCache.for_model(model, ids.shape[0], cache, tokens, window, sink_tokens)
+        unseen = ids if cache is not None else ids[:, -model.config.block_size :]
+    return _steps(model, unseen, max_new_tokens, draw, cache, vocab_size)
 
 
 def _steps(
     model: GPT,
-    ids: Tensor,
+    unseen: Tensor,
     max_new_tokens: int,
     draw: Callable[[Tensor], Tensor],
-    use_cache: bool,
+    cache: KVCache | None,
     vocab_size: int | None,
 ) -> Iterator[Tensor]:
-    block_size = model.config.block_size
-    cache = None
-    if use_cache and ids.shape[1] < block_size:
-        capacity = min(block_size, ids.shape[1] + max_new_tokens)
-        weight = model.token_embedding.weight
-        cache = KVCache(
-            model.config, ids.shape[0], capacity, dtype=weight.dtype, device=weight.device
-        )
-    window = ids[:, -block_size:]  # what an uncached step sees
-    unseen = window  # what the cache has not seen yet
     for _ in range(max_new_tokens):
-        if cache is not None and cache.length + unseen.shape[1] > block_size:
-            cache = None
-        logits = _last_logits(model, window if cache is None else unseen, cache)
-        new = draw(logits[:, :vocab_size])
+        new = draw(feed(model, unseen, cache)[:, :vocab_size])
         yield new
-        unseen = new.unsqueeze(1)
-        window = torch.cat([window, unseen], dim=1)[:, -block_size:]
+        if cache is None:
+            unseen = torch.cat([unseen, new[:, None]], dim=1)[:, -model.config.block_size :]
+        else:
+            unseen = new[:, None]
 
 
 @torch.no_grad()
-def _last_logits(model: GPT, ids: Tensor, cache: KVCache | None) -> Tensor:
-    """(B, vocab_size), in evaluation mode whatever mode the caller's model is in."""
+def feed(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    """The logits after ids: (B, T) → (B, vocab_size); the tokens are appended to the cache.
+
+    In evaluation mode whatever mode the caller's model is in.
+    """
     was_training = model.training
     if was_training:
         model.eval()
@@ -104,6 +116,42 @@ def _last_logits(model: GPT, ids: Tensor, cache: KVCache | None) -> Tensor:
         if was_training:
             model.train()
     return logits[:, -1]
+
+
+def _check_given(
+    cache: KVCache,
+    model: GPT,
+    ids: Tensor,
+    tokens: int,
+    window: int | None,
+    sink_tokens: int | None,
+) -> None:
+    """Whether a cache that the caller made holds the first tokens of ids, with room for the others."""
+    if window is not None or sink_tokens is not None:
+        raise UserError("window and sink_tokens are those of the cache given: leave them out")
+    ours, its = model.config, cache.config
+    for key in ("n_layer", "n_kv_head", "head_dim", "position", "rope_base"):
+        if getattr(ours, key) != getattr(its, key):
+            raise UserError(
+                f"the cache is for another model: its {key} is {getattr(its, key)}, not "
+                f"{getattr(ours, key)}"
+            )
+    B, T = ids.shape
+    if len(cache.lengths) != B or len(set(cache.lengths)) > 1:
+        raise UserError(
+            f"the cache holds sequences of {list(cache.lengths)} tokens; for ids of {(B, T)} there must "
+            f"be {B}, all of one length"
+        )
+    if tokens and cache.length >= T:
+        raise UserError(
+            f"the cache holds {cache.length} tokens, but ids have {T}: give the cached ones and at "
+            "least 1 new one"
+        )
+    end = cache.end if model.position.endless else min(cache.end, ours.block_size)
+    if tokens > end:
+        raise UserError(
+            f"{tokens} tokens, prompt and new ones together, do not fit: the cache ends at {end}"
+        )
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from almostgpt import kernels
 from almostgpt.config import GPTConfig, model_problems, not_one_of, resolve_model
 from almostgpt.errors import UserError
-from almostgpt.model.attention import ATTENTIONS, Cache
+from almostgpt.model.attention import ATTENTIONS, Cache, checked_lengths
 from almostgpt.model.block import Block
 from almostgpt.model.checkpointing import CHECKPOINTING
 from almostgpt.model.feedforward import FEEDFORWARDS
@@ -97,6 +98,7 @@ class GPT(nn.Module):
         *,
         all_logits: bool = False,
         cache: Cache | None = None,
+        new_lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits, or the loss when targets are given.
 
@@ -110,44 +112,48 @@ class GPT(nn.Module):
                 Each document is computed as if it were alone: its tokens attend to one another only,
                 their positions start at 0. The values are not checked, for the same reason.
             all_logits: logits of every position instead of the last one.
-            cache: keys and values of the tokens before ``ids``; the new ones are appended.
+            cache: keys and values of the tokens before ``ids``; the new ones are appended. Only under
+                ``torch.no_grad()``. Where anything fails, the cache counts what it did before.
+            new_lengths: B numbers, on the host: of each row only so many of the T ids are there, the
+                first ones. What comes out for the others means nothing; give them the target −1.
 
         Returns:
-            ``(logits, None)`` with logits (B, 1, vocab_size), or (B, T, vocab_size) with ``all_logits``;
-            with targets ``(None, loss)``, the mean cross-entropy in nats.
+            ``(logits, None)`` with logits (B, 1, vocab_size) of each row's last token, or of every token
+            (B, T, vocab_size) with ``all_logits``; with targets ``(None, loss)``, the mean cross-entropy
+            in nats.
 
         Raises:
-            UserError: more tokens than ``block_size``, shapes that do not fit, or documents with a cache.
+            UserError: more tokens than ``block_size`` (with a cache: than it has room for, or than the
+                model has positions), shapes that do not fit, documents with a cache, or a cache where a
+                gradient is asked for.
         """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise UserError(
                 f"ids must have the shape (batch, at least 1 token), not {tuple(ids.shape)}"
             )
-        start = 0 if cache is None else cache.length
-        T = ids.shape[1]
-        if start + T > self.config.block_size:
-            cached = f" after {start} cached ones" if start else ""
+        B, T = ids.shape
+        if targets is not None and targets.shape != ids.shape:
             raise UserError(
-                f"{T} tokens{cached} are more than the model's block_size of {self.config.block_size}: "
-                "shorten the sequence"
+                f"targets have the shape {tuple(targets.shape)}, but ids {tuple(ids.shape)}"
             )
-        positions = slice(start, start + T)
+        if new_lengths is not None:
+            new_lengths = checked_lengths(new_lengths, B, T)
         if cu_seqlens is not None:
-            _check_documents(cu_seqlens, cache)
-            positions = positions_in_documents(cu_seqlens, *ids.shape)
+            _check_documents(cu_seqlens, cache, new_lengths)
+        if cache is not None:
+            self._check_positions(cache, B, T, new_lengths)
+            positions = cache.begin(T, new_lengths)
+        else:
+            self._check_length(T)
+            positions = slice(0, T)
+            if cu_seqlens is not None:
+                positions = positions_in_documents(cu_seqlens, B, T)
         x = self.dropout(self.position.embed(self.token_embedding(ids), positions))
         residual = None
         run = CHECKPOINTING[self.config.gradient_checkpointing if self.training else "none"]
         for block in self.blocks:
             x, residual = run(block, x, residual, self.position, positions, cu_seqlens, cache)
-        if cache is not None:
-            cache.advance(T)
-
         if targets is not None:
-            if targets.shape != ids.shape:
-                raise UserError(
-                    f"targets have the shape {tuple(targets.shape)}, but ids {tuple(ids.shape)}"
-                )
             # The padding rows make the products aligned; they are no tokens and take no part.
             loss = kernels.linear_cross_entropy(
                 self.norm(x, residual)[0],
@@ -155,10 +161,36 @@ class GPT(nn.Module):
                 targets,
                 vocab_size=self.config.vocab_size,
             )
-            return None, loss
-        if not all_logits:  # the norm acts on each position alone
-            x, residual = x[:, -1:], residual[:, -1:]
-        return self._logits(self.norm(x, residual)[0]), None
+            result = None, loss
+        else:
+            if not all_logits:  # the norm acts on each position alone
+                x, residual = _last_tokens(new_lengths, x, residual)
+            result = self._logits(self.norm(x, residual)[0]), None
+        if cache is not None:
+            cache.advance()
+        return result
+
+    def _check_length(self, T: int) -> None:
+        if T > self.config.block_size:
+            raise UserError(
+                f"{T} tokens are more than the model's block_size of {self.config.block_size}: "
+                "shorten the sequence"
+            )
+
+    def _check_positions(self, cache: Cache, B: int, T: int, new_lengths: list[int] | None) -> None:
+        """What a cache cannot know of: the ids, and whether there are positions past block_size."""
+        cached = cache.lengths
+        if len(cached) != B:
+            raise UserError(f"the cache is of {len(cached)} sequences, but ids of {B}")
+        if self.position.endless:
+            return
+        for before, new in zip(cached, new_lengths or [T] * B, strict=True):
+            if before + new > self.config.block_size:
+                raise UserError(
+                    f"{new} tokens after {before} cached ones are more than the model's block_size of "
+                    f"{self.config.block_size}, where {self.config.position} positions end: shorten the "
+                    "sequence"
+                )
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.output_weight)[..., : self.config.vocab_size]
@@ -167,8 +199,8 @@ class GPT(nn.Module):
     def generate(self, ids: Tensor, max_new_tokens: int, **options) -> Tensor:
         """Continues ids: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).
 
-        Options: ``temperature=1.0, top_k=None, top_p=None, seed=None, use_cache=True,
-        vocab_size=None``, see :func:`almostgpt.inference.generate.stream`.
+        Options: ``temperature=1.0, top_k=None, top_p=None, seed=None, cache="auto",
+        window=None, sink_tokens=None, vocab_size=None``, see :func:`almostgpt.inference.generate.stream`.
         """
         # The one arrow that points up: the method is a convenience, the room is inference/.
         from almostgpt.inference.generate import generate
@@ -176,11 +208,25 @@ class GPT(nn.Module):
         return generate(self, ids, max_new_tokens, **options)
 
 
-def _check_documents(cu_seqlens: Tensor, cache: Cache | None) -> None:
+def _last_tokens(new_lengths: list[int] | None, *streams: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, C) → (B, 1, C), of each row the last token that is there (of an empty row: the first)."""
+    if new_lengths is None:
+        return tuple(x[:, -1:] for x in streams)
+    last = torch.tensor([max(length - 1, 0) for length in new_lengths], dtype=torch.int64)
+    last = last.to(streams[0].device, non_blocking=True)  # nothing waits
+    rows = torch.arange(len(new_lengths), device=last.device)
+    return tuple(x[rows, last].unsqueeze(1) for x in streams)
+
+
+def _check_documents(
+    cu_seqlens: Tensor, cache: Cache | None, new_lengths: list[int] | None
+) -> None:
     if cache is not None:
         raise UserError(
             "cu_seqlens cannot be used with a cache: decode documents as rows of a batch"
         )
+    if new_lengths is not None:
+        raise UserError("cu_seqlens cannot be used with new_lengths: pack the documents instead")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
         raise UserError(
             "cu_seqlens must be int32 of the shape (documents + 1,), "

@@ -2,8 +2,9 @@
 
 A position part may act in two places: ``embed`` on the token embeddings, ``rotate`` on the queries
 and keys of every attention. Either is the identity unless the part overrides it. Both are told the
-``positions`` of the call's tokens: a slice that every row shares, which starts behind the cached
-tokens, or an index (B, T) of each token in its document. A table is read with either.
+``positions`` of the call's tokens: a slice that every row shares, or an index (B, T) of each token
+in its document, or behind the cached ones. A table is read with either. With a cache ``rotate`` is
+not called: the cache rotates what it stores, by the part's ``frequencies``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ from torch import Tensor, nn
 
 from almostgpt import kernels
 from almostgpt.config import GPTConfig
+from almostgpt.kernels.rope import angles_at, turns_of
 
 Positions = slice | Tensor
 
 
 class Position(nn.Module):
     """The interface of every position part."""
+
+    endless = False  # whether there are positions from block_size on
+
+    @staticmethod
+    def frequencies(config: GPTConfig) -> Tensor | None:
+        """What ``rotate`` turns each pair of a head by for a position: (R/2,) float64, in radians.
+
+        None: it turns nothing.
+        """
+        return None
 
     def embed(self, x: Tensor, positions: Positions) -> Tensor:
         """Adds positions to token embeddings x: (B, T, n_embd) → the same shape."""
@@ -50,7 +62,8 @@ class SinusoidalPosition(Position):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.scale = config.n_embd**0.5
-        angles = _angles(config.block_size, config.n_embd, base=10000.0)
+        frequencies = _frequencies(config.n_embd, base=10000.0)
+        angles = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequencies)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # sin, cos alternate
         self.register_buffer("table", table.float(), persistent=False)
 
@@ -65,17 +78,33 @@ class RotaryPosition(Position):
     gradient is asked for: as many bytes are moved, and a hook on the projection may keep its output.
     """
 
+    endless = True
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        angles = _angles(config.block_size, config.head_dim, config.rope_base)
+        turns = turns_of(self.frequencies(config))
+        angles = angles_at(torch.arange(config.block_size), turns)  # by the same bits as a cache
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
+    @staticmethod
+    def frequencies(config: GPTConfig) -> Tensor:
+        return _frequencies(config.head_dim, config.rope_base)
+
     def rotate(self, qk: Tensor, positions: Positions) -> Tensor:
-        # The op takes float32 alone; a model that was cast to 16 bits has had its tables cast too.
-        cos, sin = self.cos.float(), self.sin.float()
         at = positions.start if isinstance(positions, slice) else positions
-        return kernels.rope(qk, cos, sin, at)
+        return kernels.rope(qk, self.cos, self.sin, at)
+
+    def _apply(self, fn, recurse=True):
+        """The tables move with the model, but a cast leaves them in float32, which the op takes.
+
+        In 16 bits they would rotate far positions by other angles than a cache does.
+        """
+        before = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = (table.to(self.cos.device) for table in before)
+        return self
 
 
 def positions_in_documents(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
@@ -89,10 +118,9 @@ def positions_in_documents(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     return (token - cu_seqlens[document]).view(B, T)
 
 
-def _angles(positions: int, width: int, base: float) -> Tensor:
-    """(positions, width / 2) fp64: position · base^(−2i / width)."""
-    frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+def _frequencies(width: int, base: float) -> Tensor:
+    """(width / 2,) fp64: base^(−2i / width)."""
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
 
 
 POSITIONS = {"learned": LearnedPosition, "sinusoidal": SinusoidalPosition, "rope": RotaryPosition}

@@ -283,19 +283,28 @@ class Trainer:
             )
 
     def _sample(self, step: int) -> str:
-        """Text from the model, also written to samples.jsonl; leaves the training's random state alone."""
+        """Text from the model, also written to samples.jsonl; leaves the training's random state alone.
+
+        It never ends a run: where the model's positions end earlier, nothing is cached, and where no
+        text can be made (a forced backend may refuse float32), the text says why.
+        """
         tokenizer = self.dataset.tokenizer
         generator = torch.Generator().manual_seed(self.config.seed + step)
         prompt = torch.randint(tokenizer.vocab_size, (1, 1), generator=generator).to(self.device)
         tokens = self.config.training.sample_tokens
-        ids = self.model.generate(
-            prompt,
-            tokens,
-            temperature=0.8,
-            top_k=200,
-            seed=self.config.seed + step,
-            vocab_size=tokenizer.vocab_size,
-        )
+        fits = self.model.position.endless or 1 + tokens <= self.config.model.block_size
+        try:
+            ids = self.model.generate(
+                prompt,
+                tokens,
+                temperature=0.8,
+                top_k=200,
+                seed=self.config.seed + step,
+                cache="auto" if fits else "none",
+                vocab_size=tokenizer.vocab_size,
+            )
+        except UserError as error:
+            return f"--- no sample after step {step}: {error}\n"
         text = tokenizer.decode(ids[0].tolist())
         self.samples.write({"step": step, "text": text})
         return f"--- sample after step {step}\n{text}\n"

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from almostgpt.cli.main import COMMANDS, main, train_main
 from almostgpt.config import Config, flatten, resolve
 from almostgpt.config_file import load_config
 from almostgpt.data.tokenizer import ByteTokenizer
+from almostgpt.model import GPT
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +28,60 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
+    return write_text(tmp_path)
+
+
+def write_text(folder: Path) -> Path:
+    path = folder / "text.txt"
     path.write_text("to be or not to be, that is the question: ä é ü 日本\n" * 60, encoding="utf-8")
     return path
 
 
-@pytest.fixture
-def trained(text, capsys) -> Path:
-    """A model of a few steps, on bytes, so that characters are cut between tokens."""
-    arguments = [
-        "train",
-        "--out=run",
-        f"--data.path={text}",
-        "--data.tokenizer=byte",
-        "--device=cpu",
-    ]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Models of a few steps, by their positions; on bytes, so that characters are cut between tokens."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = [f"--data.path={write_text(folder)}", "--data.tokenizer=byte", "--device=cpu"]
     sizes = {"block-size": 16, "n-layer": 1, "n-head": 2, "n-embd": 16}
     arguments += [f"--model.{key}={value}" for key, value in sizes.items()]
-    assert main([*arguments, "--training.steps=3", "--training.batch-size=2"]) == 0
-    capsys.readouterr()
+    arguments += ["--training.steps=3", "--training.batch-size=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALMOSTGPT_CACHE", str(folder / "cache"))
+        for position in ("rope", "learned"):
+            own = [f"--out={folder / position}", f"--model.position={position}"]
+            assert main(["train", *arguments, *own]) == 0
+    return {position: folder / position for position in ("rope", "learned")}
+
+
+@pytest.fixture
+def trained(runs, capsys) -> Path:
+    return copied(runs["rope"], capsys)
+
+
+@pytest.fixture
+def trained_learned(runs, capsys) -> Path:
+    """Its positions end, at 16."""
+    return copied(runs["learned"], capsys)
+
+
+def copied(run: Path, capsys) -> Path:
+    shutil.copytree(run, "run")
+    capsys.readouterr()  # what training printed
     return Path("run")
+
+
+@pytest.fixture
+def fed(monkeypatch) -> list[int]:
+    """How many tokens each forward was fed."""
+    seen = []
+    forward = GPT.forward
+
+    def counting(self, ids, *args, **kwargs):
+        seen.append(ids.shape[1])
+        return forward(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", counting)
+    return seen
 
 
 def test_help_lists_every_command(capsys):
@@ -110,6 +147,12 @@ def test_the_command_line_wins_over_the_file(capsys):
         (["generate", "--checkpoint", "."], "no checkpoint in it"),
         (["generate", "--checkpoint", ".", "--temperature", "-1"], "temperature"),
         (["generate", "--checkpoint", ".", "--seed", str(2**64)], "seed"),
+        (["generate", "--checkpoint", ".", "--cache", "rollin"], "did you mean rolling"),
+        (["generate", "--checkpoint", ".", "--cache", "full", "--window", "9"], "window is for"),
+        (
+            ["generate", "--checkpoint", ".", "--cache", "none", "--sink-tokens", "9"],
+            "sink_tokens is",
+        ),
         (["train", "--seed", str(2**64)], "seed"),
         (["train", "--model.n-embd", str(10**30)], "n_embd"),
         (["train", "--data.path", "~nobody-of-this-name/book.txt"], "book.txt"),
@@ -240,6 +283,114 @@ def test_interactive_mode_keeps_the_conversation_until_cleared(trained, capsys, 
     assert next(lines) == "never read"
     monkeypatch.setattr("builtins.input", lambda: (_ for _ in ()).throw(EOFError))
     assert generate("--interactive") == 0
+
+
+def test_the_same_text_whatever_the_cache(trained, capsys, fed):
+    """Within the block, which is 16; past it with a window that is, and with an int8 cache, another."""
+
+    def text(*options: str, tokens: int = 10) -> str:
+        assert generate("--prompt=to be", f"--max-tokens={tokens}", "--seed=3", *options) == 0
+        return capsys.readouterr().out
+
+    expected = text()
+    assert fed == [5] + [1] * 9
+    for options in ("full", "rolling", "none", "rolling --window 16 --sink-tokens 0"):
+        assert text(*f"--cache {options}".split()) == expected
+    assert text("--cache=auto", tokens=40) == text("--cache=rolling", "--sink-tokens=4", tokens=40)
+    assert text("--cache=int8", tokens=40).startswith("to be")
+    assert text("--cache=none", tokens=40).startswith("to be")
+    assert text("--window=4", "--sink-tokens=1", tokens=40).startswith("to be")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--cache=full", "--max-tokens=12"], "17 tokens, .*block_size of 16.*cache=rolling"),
+        (["--cache=rolling", "--window=17"], "window is 17, but must be in 1 … 16"),
+        (["--window=2", "--sink-tokens=2"], "sink_tokens is 2, but must be in 0 … 1"),
+    ],
+)
+def test_caches_that_cannot_be_end_in_one_message(trained, capsys, options, expected):
+    assert generate("--prompt=to be", *options) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and re.search(expected, err) and err.count("\n") == 1
+    assert out == ""
+
+
+def test_where_positions_end_the_message_names_the_way_out(trained_learned, capsys):
+    assert generate("--prompt=to be", "--max-tokens=12", "--num-samples=2") == 2
+    out, err = capsys.readouterr()
+    assert "17 tokens" in err and "learned positions end at 16" in err and "cache=none" in err
+    assert out == ""
+    assert generate("--prompt=to be", "--max-tokens=12", "--cache=none") == 0
+    assert generate("--prompt=to be", "--max-tokens=11") == 0
+
+
+@pytest.mark.parametrize("cache", ["auto", "full", "rolling", "int8", "none"])
+def test_samples_share_one_prefill(trained, capsys, fed, cache):
+    options = ("--prompt=to be", "--max-tokens=4", "--temperature=2", f"--cache={cache}")
+    assert generate(*options, "--seed=7", "--num-samples=3") == 0
+    together = capsys.readouterr().out
+    if cache == "none":
+        assert fed == [5, 6, 7, 8] * 3
+    else:
+        assert fed == [4] + [1] * 12
+    for seed in (7, 8, 9):
+        assert generate(*options, f"--seed={seed}") == 0
+    assert capsys.readouterr().out == together
+
+
+@pytest.mark.parametrize(
+    "options", [["--prompt="], ["--prompt=t"], ["--prompt=to be", "--max-tokens=0"]]
+)
+def test_samples_with_nothing_to_share(trained, capsys, options):
+    assert generate("--max-tokens=3", *options, "--num-samples=2", "--seed=1") == 0
+    assert capsys.readouterr().err.count("--- sample") == 2
+
+
+def converse(monkeypatch, lines: list[str], *options: str) -> int:
+    answers = iter([*lines, "quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(answers))
+    return generate("--interactive", *options)
+
+
+@pytest.mark.parametrize("cache", ["auto", "full", "rolling", "int8", "none"])
+def test_a_conversation_feeds_only_what_is_new(trained, capsys, monkeypatch, fed, cache):
+    options = ("--max-tokens=3", "--temperature=0", f"--cache={cache}")
+    assert converse(monkeypatch, ["to be", "or", "clear", "not", ""], *options) == 0
+    kept = capsys.readouterr().out
+    if cache == "none":
+        assert fed == [5, 6, 7, 10, 11, 12, 3, 4, 5, 6, 7, 8]
+        return
+    # The last token of an answer is fed with the next prompt.
+    assert fed == [5, 1, 1, 1 + 2, 1, 1, 3, 1, 1, 1, 1, 1]
+    if cache != "int8":
+        assert (
+            converse(monkeypatch, ["to be", "or", "clear", "not", ""], *options[:2], "--cache=none")
+            == 0
+        )
+        assert capsys.readouterr().out == kept
+
+
+def test_a_conversation_goes_on_past_the_block(trained, capsys, monkeypatch):
+    assert converse(monkeypatch, ["to be or not to be"] * 4, "--max-tokens=20") == 0
+    out, err = capsys.readouterr()
+    assert "error" not in err and err.count("20 tokens,") == 4
+
+
+@pytest.mark.parametrize("cache", ["auto", "full", "int8"])
+def test_where_positions_end_a_conversation_says_how_to_go_on(
+    trained_learned, capsys, monkeypatch, cache
+):
+    lines = ["to be", "or not", "t", "clear", "to be", "to be or not to be"]
+    assert converse(monkeypatch, lines, "--max-tokens=6", f"--cache={cache}") == 0
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if "error: " in line]
+    assert len(errors) == 3
+    assert "23 tokens, prompt and new ones together, do not fit: the cache ends at 16" in errors[0]
+    assert "18 tokens" in errors[1]  # the prompt that was refused is forgotten
+    assert all("`clear` starts anew" in line for line in errors)
+    assert err.count("[6 tokens,") == 2
 
 
 def test_a_character_split_over_tokens_is_never_cut_in_the_stream():

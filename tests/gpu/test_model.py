@@ -84,10 +84,8 @@ def test_generation_with_and_without_cache_agrees(position):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # wide logits: rounding breaks no tie
     prompt = torch.randint(250, (3, 7), device="cuda")
-    # Longer than the block, so that the window moves too.
     cached, plain = (
-        model.generate(prompt, 60, temperature=0, use_cache=use_cache)
-        for use_cache in (True, False)
+        model.generate(prompt, 41, temperature=0, cache=cache) for cache in ("auto", "none")
     )
     assert cached.is_cuda and torch.equal(cached, plain)
 

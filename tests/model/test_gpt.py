@@ -72,7 +72,7 @@ def test_cached_logits_equal_uncached_however_the_prompt_is_cut(options, pieces)
         p for p, total in zip(pieces, itertools.accumulate(pieces), strict=True) if total <= 16
     ]
     ids = random_ids(2, sum(pieces), seed=options["seed"])
-    cache = KVCache(model.config, batch=2)
+    cache = KVCache.full(model.config, batch=2)
     with torch.no_grad():
         whole, _ = model(ids, all_logits=True)
         cut = [model(piece, all_logits=True, cache=cache)[0] for piece in ids.split(pieces, dim=1)]
@@ -327,9 +327,10 @@ def test_bad_calls_are_named():
     with pytest.raises(UserError, match="block_size of 16"):
         model(random_ids(1, 17))
     with pytest.raises(UserError, match="after 10 cached"):
-        cache = KVCache(model.config, batch=1)
-        model(random_ids(1, 10), cache=cache)
-        model(random_ids(1, 7), cache=cache)
+        cache = KVCache.full(model.config, batch=1)
+        with torch.no_grad():
+            model(random_ids(1, 10), cache=cache)
+            model(random_ids(1, 7), cache=cache)
     with pytest.raises(UserError, match="targets have the shape"):
         model(random_ids(1, 8), random_ids(1, 7))
     with pytest.raises(UserError, match="batch, at least 1 token"):

@@ -181,7 +181,7 @@ def test_bad_calls_are_named():
     model, ids = make(), random_ids(0)
     good = int32([0, T, 2 * T, 3 * T])
     with pytest.raises(UserError, match="cu_seqlens cannot be used with a cache"):
-        model(ids, cu_seqlens=good, cache=KVCache(model.config, batch=B))
+        model(ids, cu_seqlens=good, cache=KVCache.full(model.config, batch=B))
     for bad, what in (
         (good.long(), r"not torch.int64 of \(4,\)"),
         (good.unsqueeze(0), r"not torch.int32 of \(1, 4\)"),

@@ -242,6 +242,21 @@ def test_resuming_keeps_one_sample_a_step(text):
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15]
 
 
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rope"])
+def test_a_sample_longer_than_the_block_ends_no_run(text, position):
+    sampling = {"training.sample_every": 2, "training.sample_tokens": 60, "training.steps": 2}
+    assert train(*options(text, "run", **sampling, **{"model.position": position})) == 0
+    (line,) = Path("run/samples.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["text"]) == 61
+
+
+def test_a_sample_that_cannot_be_ends_no_run(text, capsys):
+    changes = {"training.sample_every": 2, "training.steps": 2}
+    with kernels.use_backend("cuda", ops=["decode_attention"]):
+        assert train(*options(text, "run", **changes)) == 0
+    assert "no sample after step 2: " in "".join(capsys.readouterr())
+
+
 def test_a_forced_backend_that_cannot_serve_begins_no_run(text, capsys):
     with kernels.use_backend("cuda"):
         assert train(*options(text, "run")) == 2
