@@ -323,17 +323,18 @@ def _check_lengths(name: str, q, layer: KVLayer, new_lengths, others: dict) -> N
     if B == 0 or q.device.type != "cpu" or not has_values(layer.lengths):
         return
     lengths = layer.lengths.tolist()  # of a few numbers faster than two reductions
-    low, high = min(lengths), max(lengths)
-    most = layer.capacity if layer.window is None else MAX_POSITION
-    if low < 0 or high + T > most:
-        raise UserError(
-            f"{name}: {T} more tokens after {high if low >= 0 else low} are not within the {most} "
-            f"that the cache {'has slots for' if layer.window is None else 'can count'}"
-        )
+    new = [T] * B
     if new_lengths is not None and has_values(new_lengths):
         new = new_lengths.tolist()
         if min(new) < 0 or max(new) > T:
             raise UserError(f"{name}: new_lengths must be within 0 … {T}, not {new}")
+    most = layer.capacity if layer.window is None else MAX_POSITION
+    for length, more in zip(lengths, new, strict=True):
+        if length < 0 or length + more > most:
+            raise UserError(
+                f"{name}: {more} more tokens after {length} are not within the {most} that the "
+                f"cache {'has slots for' if layer.window is None else 'can count'}"
+            )
 
 
 def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:

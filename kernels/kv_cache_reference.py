@@ -30,14 +30,15 @@ def append(
     """``kv_append``; of its arguments, which are known to be right."""
     T = q.shape[2]
     positions = layer.lengths.long()[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    start = _common_length(layer) if new_lengths is None else None
     q_sink = q
     if turns is not None:
-        k = _rotated(k, positions, turns)
-        q, unrotated = _rotated(q, positions, turns), q
+        unrotated = q
+        q, k = _rotated(torch.cat([q, k], dim=1), positions, turns).split([q.shape[1], k.shape[1]], 1)
         q_sink = q
-        if layer.window is not None and layer.sink_tokens > 0:
-            q_sink = _rotated(unrotated, positions.clamp(max=layer.window - 1), turns)
-    start = _common_length(layer) if new_lengths is None else None
+        beyond = start is None or start + T > layer.reach  # where a query stands too far from the sinks
+        if layer.sink_tokens > 0 and beyond:
+            q_sink = _rotated(unrotated, positions.clamp(max=layer.reach - 1), turns)
     if start is not None and start + T <= layer.capacity:
         there = slice(start, start + T)
     else:

@@ -144,8 +144,14 @@ def turns_of(frequencies: Tensor) -> Tensor:
 
 
 def angles_at(positions: Tensor, turns: Tensor) -> Tensor:
-    """positions (…) int64 and turns (R/2,) → angles in [−π, π), (…, R/2) float64."""
-    return (positions[..., None] * turns).double() * (2 * math.pi / 2**64)
+    """positions (…) int64 and turns (R/2,) → angles in [−π, π), (…, R/2) float64.
+
+    On a device without float64 (mps) in float32, to 2⁻²⁴ of π.
+    """
+    phases = positions[..., None] * turns
+    if phases.device.type == "mps":
+        return (phases >> 32).float() * (2 * math.pi / 2**32)
+    return phases.double() * (2 * math.pi / 2**64)
 
 
 # ---------------------------------------------------------------- the reference
