@@ -168,6 +168,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
 
   float out[row_tiles][out_tiles][4] = {};
   OnlineSoftmax<row_tiles> softmax;
+  constexpr bool units = int8 && std::is_same_v<T, fp16>;
+  ScaleUnit unit;
   int stage = 0;
   UNROLL_BY(1)
   for (int tile = first_tile + warp; tile < end_tile; tile += Tile::warps) {
@@ -197,6 +199,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
     softmax.add(scores, out, factor);
 
     // O += P V
+    if constexpr (units) unit.fit(value_scale, out);
     uint32_t p[row_tiles][4];
     UNROLL for (int r = 0; r < row_tiles; ++r)
       UNROLL for (int c = 0; c < 2; ++c) {
@@ -229,7 +232,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
     cta_sync();  // nobody reads keys, or the sums before, any more
     UNROLL for (int half = 0; half < 2; ++half) {
       const auto row = softmax.finish(r, half, factor, kMinusInfinity);
-      warps.store(warp, half, row.lse, row.weight, out[r]);
+      warps.store(warp, half, row.lse, units ? row.weight * unit.unit : row.weight, out[r]);
     }
     cta_sync();
     const int rows_here = min(kFragmentRows, rows - r * kFragmentRows);

@@ -68,6 +68,34 @@ DEVICE void multiply_rows_int8(float (&sums)[row_tiles][column_tiles][4], const 
   }
 }
 
+// The scales of values as fp16 can bear them: a probability times a scale of 1e-7 would be nothing, and one
+// times 1000 infinite. So they are taken in units of a power of two, no lower than the largest so far; where
+// that moves, the sums move along. (bf16 has the range of float, and needs none of it.)
+struct ScaleUnit {
+  float unit = 0.0f;
+
+  // By all lanes of the warp; `scales` of this lane's columns.
+  template <int row_tiles, int out_tiles>
+  DEVICE void fit(float (&scales)[4], float (&out)[row_tiles][out_tiles][4]) {
+    float most = max(max(scales[0], scales[1]), max(scales[2], scales[3]));
+    most = max(most, shfl_xor(most, 1));
+    most = max(most, shfl_xor(most, 2));
+    if (most > unit) {  // the same in all lanes: they have the same columns, four by four
+      uint32_t bits;
+      memcpy(&bits, &most, 4);
+      bits = (bits & 0x7f800000u) + 0x00800000u;
+      const float before = unit;
+      memcpy(&unit, &bits, 4);
+      const float shrink = before / unit;
+      UNROLL for (int r = 0; r < row_tiles; ++r)
+        UNROLL for (int d = 0; d < out_tiles; ++d)
+          UNROLL for (int e = 0; e < 4; ++e) out[r][d][e] *= shrink;
+    }
+    const float per_unit = unit > 0.0f ? 1.0f / unit : 1.0f;
+    UNROLL for (int i = 0; i < 4; ++i) scales[i] *= per_unit;
+  }
+};
+
 // A tile's scales: of 16 keys, and of their values.
 struct Int8Scales {
   shared_addr base;
