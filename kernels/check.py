@@ -14,7 +14,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from torch import Tensor
 from almostgpt import kernels
 from almostgpt.errors import UserError
 from almostgpt.kernels.check_cases import CASES, Case, Shape
+from almostgpt.kernels.check_kv_cache import held
 from almostgpt.kernels.emulator import EmulatorError
+from almostgpt.kernels.kv_cache import KVLayer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -101,23 +103,27 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> Result:
         return torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
 
     inputs = case.inputs(shape, normal)
-    upstream = [normal(case.output(shape)) for _ in case.outputs]
+    upstream = [normal(case.output(shape)) for _ in case.outputs] if case.gradients else []
     constants = {k: v.to(device) for k, v in case.constants(shape).items()}
     ours = functools.partial(op, **constants, **case.options)
     plain = functools.partial(case.plain, **constants, **case.options)
     explanation = kernels.explain(case.op, *inputs.values(), **constants, **case.options)
     result = functools.partial(Result, name, shape, dtype, explanation.backend, explanation.kernel)
+    outcome = _outputs_and_gradients if case.gradients else _outputs
     try:
-        got = _outputs_and_gradients(ours, inputs, upstream)
+        got = outcome(case, ours, inputs, upstream)
     except EmulatorError as error:
         return result(problem=str(error))
-    same = _outputs_and_gradients(plain, inputs, upstream)
-    exact = _outputs_and_gradients(
+    same = outcome(case, plain, inputs, upstream)
+    exact = outcome(
+        case,
         functools.partial(plain, **{k: _exact(v) for k, v in constants.items()}),
         {k: _exact(v) for k, v in inputs.items()},
         [_exact(t) for t in upstream],
     )
-    tensors = [*case.outputs, *(f"d{k}" for k, v in inputs.items() if isinstance(v, Tensor))]
+    tensors = list(case.outputs)
+    if case.gradients:
+        tensors += [f"d{k}" for k, v in inputs.items() if isinstance(v, Tensor)]
     accuracies = _accuracies(tensors, got, same, exact)
     speeds = _speeds(case, shape, ours, inputs, upstream) if device.type == "cuda" else ()
     return result(tuple(accuracies), tuple(speeds))
@@ -142,7 +148,34 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item()
 
 
-def _outputs_and_gradients(function, inputs: dict, upstream: list[Tensor]) -> tuple[Tensor, ...]:
+def _outputs(case: Case, function, inputs: dict, upstream: list[Tensor]) -> tuple[Tensor, ...]:
+    """Those of an op without gradients, and what it wrote: into a layer that nobody else has."""
+    arguments = {k: _copy(v) if isinstance(v, KVLayer) else v for k, v in inputs.items()}
+    with torch.no_grad():
+        outputs = _tuple(function(*arguments.values()))
+    return (*outputs, *held(arguments["layer"])) if case.writes else outputs
+
+
+def _copy(layer: KVLayer) -> KVLayer:
+    return _with_tensors(layer, Tensor.clone)
+
+
+def _exact_layer(layer: KVLayer) -> KVLayer:
+    """Its slots in float64; of int8 what the codes stand for, and so without scales."""
+    layer = _with_tensors(layer, _exact)
+    keys, values = held(layer)
+    return replace(layer, keys=keys, values=values, key_scales=None, value_scales=None)
+
+
+def _with_tensors(layer: KVLayer, function: Callable[[Tensor], Tensor]) -> KVLayer:
+    return replace(
+        layer, **{k: function(v) for k, v in vars(layer).items() if isinstance(v, Tensor)}
+    )
+
+
+def _outputs_and_gradients(
+    case: Case, function, inputs: dict, upstream: list[Tensor]
+) -> tuple[Tensor, ...]:
     leaves, outputs = _forward(function, inputs)
     return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
 
@@ -157,6 +190,8 @@ def _forward(function, inputs: dict) -> tuple[list[Tensor], tuple[Tensor, ...]]:
 
 def _exact(value):
     """A floating tensor in float64, which mps does not have; anything else as it is."""
+    if isinstance(value, KVLayer):
+        return _exact_layer(value)
     if not isinstance(value, Tensor):
         return value
     value = value.cpu() if value.device.type == "mps" else value
@@ -177,7 +212,7 @@ def _speeds(case: Case, shape: Shape, ours, inputs: dict, upstream: list[Tensor]
         reference_times = _times(ours, inputs, upstream)
     speeds = []
     for direction, work in case.work(shape).items():
-        moved = work.elements * x.itemsize
+        moved = work.elements * x.itemsize + work.bytes
         limits = [(moved, "GB/s", moved / _copy_rate(x.device))]
         if work.flops:
             limits.append((work.flops, "TFLOP/s", work.flops / _matmul_rate(x.device, x.dtype)))
@@ -190,15 +225,16 @@ def _speeds(case: Case, shape: Shape, ours, inputs: dict, upstream: list[Tensor]
 
 
 def _times(function, inputs: dict, upstream: list[Tensor]) -> dict[str, float]:
-    leaves, outputs = _forward(function, inputs)
-
-    def backward():
-        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-
-    with torch.cuda.device(upstream[0].device):
+    """Of both directions; without upstream gradients of forward alone."""
+    with torch.cuda.device(next(iter(inputs.values())).device):
         with torch.no_grad():
-            forward_seconds = cold_seconds(lambda: function(*inputs.values()))
-        return {"forward": forward_seconds, "backward": cold_seconds(backward)}
+            times = {"forward": cold_seconds(lambda: function(*inputs.values()))}
+        if upstream:
+            leaves, outputs = _forward(function, inputs)
+            times["backward"] = cold_seconds(
+                lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+            )
+    return times
 
 
 def cold_seconds(work: Callable[[], object], calls: int = 30) -> float:

@@ -10,15 +10,28 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from almostgpt.kernels.check_kv_cache import (
+    kv_heads,
+    layer_for,
+    plain_decode_attention,
+    plain_kv_append,
+)
+from almostgpt.kernels.kv_cache import KVLayer
+from almostgpt.kernels.rope import turns_of
+
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that must be done: elements read or written, each once, and operations."""
+    """The least that must be done: elements read or written, each once, and operations.
+
+    Elements are those of the first input; ``bytes`` is what is moved beside them.
+    """
 
     elements: int
     flops: float = 0.0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,20 +41,23 @@ class Case:
     Attributes:
         op: its name in ``kernels.OPS``.
         dimensions: what a shape of it means, for messages.
-        inputs: the op's positional arguments, by name, from a shape and a source of tensors.
+        inputs: the op's positional arguments, by name, from a shape and a source of tensors; one of
+            them may be a ``KVLayer``.
         plain: the definition, in the dtype of its inputs; it takes what the op takes.
         outputs: names of what it returns.
-        work: from a shape, of ``"forward"`` and ``"backward"``.
+        work: from a shape, of ``"forward"``, and where there are gradients of ``"backward"``.
         shapes: what is checked where no shape is given: on ``"cuda"``, another device (``"cpu"``),
             or in the ``"emulator"``.
         options: keyword arguments of the op.
         constants: more of them: the tensors that have no gradient, by name, from a shape.
         output: the shape of each output.
+        gradients: whether the op has any; otherwise only what it gives is checked.
+        writes: whether it writes into its ``KVLayer``, whose keys and values then are outputs too.
     """
 
     op: str
     dimensions: str
-    inputs: Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor | float]]
+    inputs: Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor | float | KVLayer]]
     plain: Callable[..., Tensor | tuple[Tensor, ...]]
     outputs: tuple[str, ...]
     work: Callable[[Shape], dict[str, Work]]
@@ -49,6 +65,8 @@ class Case:
     options: dict[str, object] = field(default_factory=dict)
     constants: Callable[[Shape], dict[str, Tensor]] = lambda shape: {}
     output: Callable[[Shape], Shape] = lambda shape: shape
+    gradients: bool = True
+    writes: bool = False
 
 
 # ---------------------------------------------------------------- the cases
@@ -258,6 +276,69 @@ _LINEAR_CROSS_ENTROPY = Case(
 )
 
 
+def _kv_append(int8: bool = False, sinks: bool = False) -> Case:
+    def inputs(shape: Shape, normal) -> dict[str, Tensor | KVLayer]:
+        B, H, T, D = shape
+        heads = {"q": H, "k": kv_heads(H), "v": kv_heads(H)}
+        tokens = {name: normal((B, T, n, D)).transpose(1, 2) for name, n in heads.items()}
+        return tokens | {"layer": layer_for((B, H, T + 4, D), normal, T, int8, sinks)}
+
+    def work(shape: Shape) -> dict[str, Work]:
+        B, H, T, D = shape
+        rows, queries = 2 * B * kv_heads(H) * T, B * H * T * D
+        elements = rows * D + queries * (3 if sinks else 2)
+        if int8:
+            return {"forward": Work(elements, bytes=rows * (D + 4))}
+        return {"forward": Work(elements + rows * D)}
+
+    def turns(shape: Shape) -> dict[str, Tensor]:
+        half = shape[3] // 2
+        return {"turns": turns_of(10000.0 ** -(torch.arange(half).double() / max(half, 1)))}
+
+    return Case(
+        "kv_append",
+        dimensions="BxHxTxD",
+        inputs=inputs,
+        plain=plain_kv_append,
+        outputs=("q", "q_sink", "keys", "values"),
+        work=work,
+        shapes={"cuda": (8, 32, 4096, 128), "cpu": (2, 8, 16, 64), "emulator": (2, 4, 5, 64)},
+        constants=turns,
+        gradients=False,
+        writes=True,
+    )
+
+
+def _decode_attention(int8: bool = False, sinks: bool = False) -> Case:
+    """Of the newest four tokens; with sinks over a ring, and with sink logits."""
+
+    def inputs(shape: Shape, normal) -> dict[str, Tensor | KVLayer]:
+        B, H, keys, D = shape
+        T = min(4, keys)
+        return {"q": normal((B, H, T, D)), "layer": layer_for(shape, normal, T, int8, sinks)}
+
+    def work(shape: Shape) -> dict[str, Work]:
+        B, H, keys, D = shape
+        T = min(4, keys)
+        rows, queries = 2 * B * kv_heads(H) * keys, 2 * B * H * T * D
+        flops = 4 * B * H * T * keys * D
+        if int8:
+            return {"forward": Work(queries, flops, bytes=rows * (D + 4))}
+        return {"forward": Work(queries + rows * D, flops)}
+
+    return Case(
+        "decode_attention",
+        dimensions="BxHxKEYSxD",
+        inputs=inputs,
+        plain=plain_decode_attention,
+        outputs=("out",),
+        work=work,
+        shapes={"cuda": (8, 32, 32768, 128), "cpu": (2, 8, 160, 64), "emulator": (1, 4, 80, 64)},
+        constants=lambda shape: {"sink_logits": torch.linspace(-1, 1, shape[1])} if sinks else {},
+        gradients=False,
+    )
+
+
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
     "rms_norm with a residual": _ADD_RMS_NORM,
@@ -274,4 +355,10 @@ CASES: dict[str, Case] = {
     "gelu": _activation("gelu", _plain_gelu),
     "gelu, tanh": _activation("gelu", _plain_gelu, approximate="tanh"),
     "relu_squared": _activation("relu_squared", _plain_relu_squared),
+    "kv_append": _kv_append(),
+    "kv_append, int8": _kv_append(int8=True),
+    "kv_append, ring with sinks": _kv_append(sinks=True),
+    "decode_attention": _decode_attention(),
+    "decode_attention, int8": _decode_attention(int8=True),
+    "decode_attention, ring with sinks": _decode_attention(sinks=True),
 }

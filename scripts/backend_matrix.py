@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from almostgpt import kernels
+from almostgpt.kernels import KVLayer
 from almostgpt.kernels.dispatch import CARDS, Card, Explanation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
@@ -59,6 +60,25 @@ def _linear_cross_entropy(empty: Empty, **options) -> Call:
     weight = options.pop("weight", empty(1024, 256))
     return (empty(128, 256), weight, empty(128, dtype=torch.int64)), options
 
+
+def _layer(q: Tensor, int8: bool = False, **options) -> KVLayer:
+    """Of 1024 slots and 2 key heads, for q (B, H, T, D)."""
+    dtype = torch.int8 if int8 else q.dtype
+    return KVLayer.empty(q.shape[0], 2, 1024, q.shape[3], dtype=dtype, device=q.device, **options)
+
+
+def _append(empty: Empty, D=64, turned=True, new_lengths=None, **options) -> Call:
+    q, k = empty(2, 8, 16, D), empty(2, 2, 16, D)
+    turns = empty(D // 2, dtype=torch.int64) if turned else None
+    return (q, k, k, _layer(q, **options)), {"turns": turns, "new_lengths": new_lengths}
+
+
+def _decode(empty: Empty, T=1, H=8, D=64, layer=None, **options) -> Call:
+    q = empty(2, H, T, D)
+    return (q, _layer(q, **(layer or {}))), options
+
+
+_SINKS = {"window": 512, "sink_tokens": 4}
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
 CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
@@ -119,6 +139,36 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "by tanh": lambda empty: ((empty(64, 1024), "tanh"), {}),
     },
     "relu_squared": {"contiguous": lambda empty: ((empty(64, 1024),), {})},
+    "kv_append": {
+        "heads of 64": lambda empty: _append(empty),
+        "heads of 80": lambda empty: _append(empty, D=80),
+        "heads of 256": lambda empty: _append(empty, D=256),
+        "int8": lambda empty: _append(empty, int8=True),
+        "window with sinks": lambda empty: _append(empty, **_SINKS),
+        "int8, window with sinks": lambda empty: _append(empty, int8=True, **_SINKS),
+        "no rotation": lambda empty: _append(empty, turned=False),
+        "some tokens missing": lambda empty: _append(
+            empty, new_lengths=empty(2, dtype=torch.int32)
+        ),
+        "heads of 264": lambda empty: _append(empty, D=264),
+    },
+    "decode_attention": {
+        "one token": lambda empty: _decode(empty, H=2),
+        "16 tokens": lambda empty: _decode(empty, T=16, H=2),
+        "grouped queries": lambda empty: _decode(empty, T=4),
+        "heads of 80": lambda empty: _decode(empty, D=80),
+        "heads of 256": lambda empty: _decode(empty, D=256),
+        "int8": lambda empty: _decode(empty, layer={"int8": True}),
+        "window with sinks": lambda empty: _decode(empty, layer=_SINKS, q_sink=empty(2, 8, 1, 64)),
+        "int8, window with sinks": lambda empty: _decode(empty, layer={"int8": True, **_SINKS}),
+        "softcap": lambda empty: _decode(empty, softcap=30.0),
+        "ALiBi": lambda empty: _decode(empty, alibi_slopes=empty(8, dtype=torch.float32)),
+        "sink logits": lambda empty: _decode(empty, sink_logits=empty(8, dtype=torch.float32)),
+        "some tokens missing": lambda empty: _decode(
+            empty, new_lengths=empty(2, dtype=torch.int32)
+        ),
+        "heads of 264": lambda empty: _decode(empty, D=264),
+    },
 }
 
 HEAD = """# Which kernel runs where

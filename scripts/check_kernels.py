@@ -69,6 +69,23 @@ EXPECTED = (
     Expectation(
         r"tiled_kernel<\w+, \d+>", has="LDG.128 STG.128", lacks="LDG.16 LDG.32 STG.16 HMMA"
     ),
+    # The cache: rows come and go in 16 bytes, as int8 in 8; keys and values by cp.async, and nothing
+    # but the tensor cores multiplies. Where pairs do not fill vectors append goes element by element.
+    Expectation(
+        r"append_kernel<(\w+), \1, 8, 1>",
+        has="LDG.128 STG.128",
+        lacks="LDG.16 STG.16 STG.32 STG.64",
+    ),
+    Expectation(
+        r"append_kernel<\w+, signed char, 8, 1>",
+        has="LDG.128 STG.128 STG.64",
+        lacks="LDG.16 STG.16 STG.8",
+    ),
+    Expectation(
+        r"decode_kernel<.*>",
+        has="LDGSTS LDSM HMMA STG.64 STG.128",
+        lacks="LDG.16 STG.16",
+    ),
     # The example matrix products: the ways of sm_80 and of sm_90 to the tensor cores.
     Expectation(r"gemm_sm80_kernel<\w+>", has="LDGSTS LDSM HMMA", lacks="LDG.16 LDG.32"),
     Expectation(

@@ -203,6 +203,7 @@ stage_conformance() {
   run_pytest 200 "conformance" tests/gpu -m conformance -q --junitxml="$out/conformance.xml" || true
   run_pytest 150 "attention" tests/kernels/test_flash_attention_kernels.py -k "cuda or combination" -q \
     --junitxml="$out/attention.xml" || true
+  run_pytest 100 "cache" tests/kernels/test_kv_cache.py -k "cuda or gpu" -q --junitxml="$out/cache.xml" || true
 }
 
 # The device primitives check themselves in a program of their own; their raw outputs are kept, for
@@ -265,7 +266,7 @@ stage_bench() {
     for file in benchmarks/test_*.py; do
       name=$(basename "$file" .py) limit=70
       if [[ $name == test_training_step ]]; then continue; fi # a stage of its own
-      if [[ $name == test_attention || $name == test_rms_norm ]]; then limit=200; fi
+      if [[ $name == test_attention || $name == test_kv_cache || $name == test_rms_norm ]]; then limit=200; fi
       run_pytest "$limit" "$name" "$file" --benchmark-only -q --save-results \
         --results-dir "$out/${name#test_}" || true
     done

@@ -124,6 +124,8 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
     x = torch.zeros(2, 64, 768, device=device, dtype=dtype)
     q = torch.zeros(1, 12, 64, 64, device=device, dtype=dtype)
     ids = torch.zeros(64, device=device, dtype=torch.int64)
+    layer = kernels.KVLayer.empty(1, 12, 64, 64, dtype=dtype, device=device)
+    token, turns = q[:, :, :1], ids[:32]
     return [
         ("rms_norm", (x, torch.ones(768, device=device, dtype=dtype)), {}),
         ("rope", (q.transpose(1, 2), *(q.new_zeros(64, 32, dtype=torch.float32),) * 2), {}),
@@ -133,6 +135,8 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("swiglu", (x,), {}),
         ("gelu", (x,), {"approximate": "tanh"}),
         ("relu_squared", (x,), {}),
+        ("kv_append", (token, token, token, layer), {"turns": turns}),
+        ("decode_attention", (token, layer), {}),
     ]
 
 

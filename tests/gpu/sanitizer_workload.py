@@ -16,6 +16,7 @@ import torch
 from almostgpt import kernels
 from almostgpt.kernels.attention_ladder import STEPS
 from almostgpt.kernels.attention_ladder import attention_ladder as ladder
+from almostgpt.kernels.rope import turns_of
 
 
 def rms_norm() -> int:
@@ -119,6 +120,31 @@ def cross_entropy() -> int:
     return 3 * len(shapes) * len(dtypes)
 
 
+def kv_cache() -> int:
+    """Appends and attends: a prompt, then tokens that some sequences lack; keys of many tiles, and few."""
+    capacities, widths, dtypes = [19, 700], [40, 64, 128, 256], [torch.bfloat16, torch.float16]
+    cases = itertools.product(capacities, widths, dtypes, (False, True), (False, True))
+    for C, D, dtype, int8, ring in cases:
+        options = {"window": C - 15, "sink_tokens": 3} if ring else {}
+        layer = kernels.KVLayer.empty(
+            2, 2, C, D, dtype=torch.int8 if int8 else dtype, device="cuda", **options
+        )
+        # Whole vectors of 16 bytes turn, or a few elements; without turns nothing is given back.
+        few, all_of_them = (turns_of(torch.rand(n).double()).cuda() for n in (3, D // 2))
+        bent = {"alibi_slopes": torch.rand(8).cuda(), "sink_logits": torch.rand(8).cuda()}
+        for T, turns, given in ((C // 2, all_of_them, {}), (5, few, bent), (1, None, {})):
+            fused = torch.randn(2, T, 12, D).to(dtype).cuda().transpose(1, 2)
+            added = torch.tensor([T, T // 2], dtype=torch.int32).cuda()
+            q, q_sink = kernels.kv_append(
+                *fused.split([8, 2, 2], dim=1), layer, new_lengths=added, turns=turns
+            )
+            if T <= 5:
+                kernels.decode_attention(q, layer, q_sink=q_sink, new_lengths=added, **given)
+                kernels.decode_attention(q, layer, softcap=5.0)
+            layer.lengths.add_(added)
+    return 3 * len(capacities) * len(widths) * len(dtypes) * 4
+
+
 # An op without a kernel of ours has nothing to watch.
 WORKLOADS = {
     "rms_norm": rms_norm,
@@ -127,6 +153,7 @@ WORKLOADS = {
     "activations": activations,
     "rope": rope,
     "cross_entropy": cross_entropy,
+    "kv_cache": kv_cache,
 }
 
 
