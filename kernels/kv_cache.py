@@ -19,8 +19,9 @@ so no distance is ever longer than W − 1. Keys are stored rotated by their own
 comes in two copies, rotated by t and by min(t, W − 1): nothing is rotated again when it is read.
 
 Stored as int8, a key (or value) x of one token and head becomes round(x / s) with s = max |x| / 127
-in float32: no element is off by more than s / 2. A key whose elements are not all finite has a scale
-that is not either, so that what is wrong shows.
+in float32, x being the rotated key before it is rounded to 16 bits: no element is off by more than
+s / 2. A key whose elements are not all finite has a scale that is not either, so that what is wrong
+shows.
 
 Sources: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453;
 keys split among blocks, Dao et al., "Flash-Decoding for long-context inference" (2023).
@@ -112,7 +113,7 @@ class KVLayer:
         return self.capacity if self.window is None else self.window
 
 
-_MAX_ROW_BLOCKS = 8  # blocks of query rows of a key head; for more, tickets are made at every call
+_MAX_ROW_BLOCKS = 8  # of 16 query rows of a key head; for more, tickets are made at every call
 
 
 def kv_append(
@@ -452,8 +453,11 @@ def _decode_csrc(
         q_sink = None
     wide = _widened(layer, q) if q_sink is None else _widened(layer, q, q_sink)
     tickets = layer.tickets
-    if tickets is None or tickets.numel() < q.shape[0] * q.shape[1]:
-        tickets = layer.lengths.new_zeros(q.shape[0] * q.shape[1])
+    needed = (
+        q.shape[0] * layer.keys.shape[1] * -(-q.shape[1] * q.shape[2] // (layer.keys.shape[1] * 16))
+    )
+    if tickets is None or tickets.numel() < needed:
+        tickets = layer.lengths.new_zeros(needed)
     out = ops.decode_attention(
         *(wide[0], None if q_sink is None else wide[1]),
         *(layer.keys, layer.values, layer.key_scales, layer.value_scales),

@@ -33,10 +33,16 @@ def append(
     start = _common_length(layer) if new_lengths is None else None
     q_sink = q
     if turns is not None:
-        unrotated = q
-        q, k = _rotated(torch.cat([q, k], dim=1), positions, turns).split([q.shape[1], k.shape[1]], 1)
+        unrotated, heads = q, [q.shape[1], k.shape[1]]
+        qk = torch.cat([q, k], dim=1)
+        if layer.key_scales is not None:  # int8 is made of what 16 bits have not rounded
+            qk = qk.to(torch.promote_types(qk.dtype, torch.float32))
+        q, k = _rotated(qk, positions, turns).split(heads, dim=1)
+        q = q.to(unrotated.dtype)
         q_sink = q
-        beyond = start is None or start + T > layer.reach  # where a query stands too far from the sinks
+        beyond = (
+            start is None or start + T > layer.reach
+        )  # where a query stands too far from the sinks
         if layer.sink_tokens > 0 and beyond:
             q_sink = _rotated(unrotated, positions.clamp(max=layer.reach - 1), turns)
     if start is not None and start + T <= layer.capacity:

@@ -67,9 +67,19 @@ template <int V> DEVICE void store_run_int8(Global<int8_t> to, const float (&val
   }
 }
 
-template <int V> DEVICE void turn_runs(float (&a)[V], float (&b)[V], Global<const uint64_t> turns, int position) {
+template <int V> DEVICE void load_turns(Global<const uint64_t> from, uint64_t (&turns)[V]) {
+  if constexpr (V == 1) {
+    turns[0] = load_global<Cache::read_only>(from);
+  } else {
+    UNROLL for (int i = 0; i < V; i += 2) {
+      const u32x4 two = load_global_as<u32x4, Cache::read_only>(from + i);
+      turns[i] = two.x | uint64_t{two.y} << 32, turns[i + 1] = two.z | uint64_t{two.w} << 32;
+    }
+  }
+}
+template <int V> DEVICE void turn_runs(float (&a)[V], float (&b)[V], const uint64_t (&turns)[V], int position) {
   UNROLL for (int i = 0; i < V; ++i) {
-    const Rotation by(static_cast<uint64_t>(position) * load_global<Cache::read_only>(turns + i));
+    const Rotation by(static_cast<uint64_t>(position) * turns[i]);
     const float x = a[i], y = b[i];
     a[i] = x * by.cosine - y * by.sine;
     b[i] = y * by.cosine + x * by.sine;
@@ -113,15 +123,17 @@ KERNEL LAUNCH_BOUNDS(kAppendThreads, 4) append_kernel(GRID_CONSTANT const Append
     load_run<V>(data + runs.first, first[u]);
     load_run<V>(data + runs.second, second[u]);
     if (!runs.turn || !(is_key || is_query)) continue;
+    uint64_t turns[V];
+    load_turns<V>(a.turns + runs.first, turns);
     if (is_query && a.q_sink.data) {
       float a_sink[V], b_sink[V];
       UNROLL for (int i = 0; i < V; ++i) a_sink[i] = first[u][i], b_sink[i] = second[u][i];
-      turn_runs<V>(a_sink, b_sink, a.turns + runs.first, min(position, a.sink_position));
+      turn_runs<V>(a_sink, b_sink, turns, min(position, a.sink_position));
       const Global<T> to = a.q_sink.head(batch, head) + token * a.q_sink.strides.row;
       store_run<V>(to + runs.first, a_sink);
       store_run<V>(to + runs.second, b_sink);
     }
-    turn_runs<V>(first[u], second[u], a.turns + runs.first, position);
+    turn_runs<V>(first[u], second[u], turns, position);
   }
 
   float scale = 0.0f;
