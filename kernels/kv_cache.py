@@ -424,6 +424,8 @@ def _widened(layer: KVLayer, *tensors: Tensor) -> list[Tensor]:
 
 def _append_csrc(ops, q, k, v, layer: KVLayer, *, new_lengths=None, turns=None):
     D = q.shape[3]
+    if turns is not None and turns.shape[0] == 0:
+        turns = None  # of no dimension
     two = turns is not None and layer.window is not None and layer.sink_tokens > 0
     wide_q, wide_k, wide_v = _widened(layer, q, k, v)
     rotated, rotated_sink = ops.kv_append(

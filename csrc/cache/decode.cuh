@@ -211,8 +211,8 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
     else multiply_rows<T>(out, p, right_turned(v_tile(stage)), 0);
     stage = stage == Tile::stages - 1 ? 0 : stage + 1;
   }
-  cp_async_wait<0>();
 
+  // Every copy has been waited for: what was fetched beyond the last tile was nothing.
   // What the warps found, put together; where the keys were split, as a part of what the blocks found.
   const shared_addr work = shared_base() + 2 * Tile::query_bytes;
   const WarpSums<Tile::head_dim, int8, Tile::warps, Tile::sum_stride> warps{work};

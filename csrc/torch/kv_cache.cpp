@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> append(Context& context, const Tensor& q_, const Tens
   inputs.q = input(context, "q", q), inputs.k = input(context, "k", k), inputs.v = input(context, "v", v);
   inputs.sink_position = static_cast<int>(sink_position);
   if (turns) {
-    STD_TORCH_CHECK(turns->dim() == 1 && 2 * turns->size(0) <= q.size(3) && turns->scalar_type() == ScalarType::Long &&
+    STD_TORCH_CHECK(turns->dim() == 1 && turns->size(0) > 0 && 2 * turns->size(0) <= q.size(3) && turns->scalar_type() == ScalarType::Long &&
                         dense(*turns),
                     context.op, ": turns must be int64, dense, one for each pair of dimensions at most");
     inputs.turns = context.input<uint64_t>("turns", *turns);
