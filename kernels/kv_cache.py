@@ -40,7 +40,7 @@ from almostgpt.errors import UserError
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.flash_attention_reference import has_values
-from almostgpt.kernels.kv_cache_reference import append, decode, decode_slots
+from almostgpt.kernels.kv_cache_reference import Options, append, decode, decode_slots
 
 MAX_QUERIES = 16  # tokens of a sequence that one decode_attention takes
 MAX_POSITION = 2**30  # beyond it 32 bits could overflow
@@ -241,12 +241,13 @@ def _check_decode(q, layer, *, q_sink=None, new_lengths=None, **options) -> None
             f"{name}: {T} tokens at once with a window of {layer.window} need "
             f"{layer.window + T - 1} slots, and the cache has {layer.capacity}"
         )
-    scale, softcap = options.get("scale"), options.get("softcap", 0.0)
+    chosen = Options(**options)
+    scale, softcap = chosen.scale, chosen.softcap
     if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         raise UserError(f"{name}: scale must be a number above 0, not {scale!r}")
     if not (isinstance(softcap, (int, float)) and 0 <= softcap < math.inf):
         raise UserError(f"{name}: softcap must be 0 (none) or above, not {softcap!r}")
-    per_head = {key: options.get(key) for key in ("alibi_slopes", "sink_logits")}
+    per_head = {"alibi_slopes": chosen.alibi_slopes, "sink_logits": chosen.sink_logits}
     for key, tensor in per_head.items():
         if tensor is not None and (tensor.shape != (H,) or not tensor.is_floating_point()):
             raise UserError(
@@ -377,7 +378,8 @@ def _decode_cpu(
 ):  # fmt: skip
     layer = KVLayer(keys, values, lengths, key_scales, value_scales, window, sink_tokens)
     q_sink = q if q_sink is None else q_sink
-    return _in_memory(decode_slots(q, q_sink, layer, new_lengths, scale, softcap, slopes, sink))
+    options = Options(scale, softcap, slopes, sink)
+    return _in_memory(decode_slots(q, q_sink, layer, new_lengths, options))
 
 
 def _decode_fake(q, *_):
@@ -438,19 +440,8 @@ def _append_csrc(ops, q, k, v, layer: KVLayer, *, new_lengths=None, turns=None):
     return rotated, rotated_sink[..., :D] if two else rotated
 
 
-def _decode_csrc(
-    ops,
-    q,
-    layer: KVLayer,
-    *,
-    q_sink=None,
-    new_lengths=None,
-    scale=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    sink_logits=None,
-):
-    D = q.shape[3]
+def _decode_csrc(ops, q, layer: KVLayer, *, q_sink=None, new_lengths=None, **options):
+    chosen, D = Options(**options), q.shape[3]
     if q_sink is q or layer.sink_tokens == 0:
         q_sink = None
     wide = _widened(layer, q) if q_sink is None else _widened(layer, q, q_sink)
@@ -464,9 +455,9 @@ def _decode_csrc(
         *(wide[0], None if q_sink is None else wide[1]),
         *(layer.keys, layer.values, layer.key_scales, layer.value_scales),
         *(layer.lengths, new_lengths),
-        *(None if t is None else t.float() for t in (alibi_slopes, sink_logits)),
+        *(None if t is None else t.float() for t in (chosen.alibi_slopes, chosen.sink_logits)),
         *(tickets, layer.reach, layer.sink_tokens),
-        *(D**-0.5 if scale is None else float(scale), float(softcap)),
+        *(float(chosen.scale_for(q)), float(chosen.softcap)),
     )
     return out[..., :D]
 
@@ -476,20 +467,8 @@ def _append_reference(q, k, v, layer: KVLayer, *, new_lengths=None, turns=None):
         return append(q, k, v, layer, new_lengths, turns)
 
 
-def _decode_reference(
-    q,
-    layer: KVLayer,
-    *,
-    q_sink=None,
-    new_lengths=None,
-    scale=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    sink_logits=None,
-):
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    q_sink = q if q_sink is None else q_sink
-    return decode(q, q_sink, layer, new_lengths, scale, softcap, alibi_slopes, sink_logits)
+def _decode_reference(q, layer: KVLayer, *, q_sink=None, new_lengths=None, **options):
+    return decode(q, q if q_sink is None else q_sink, layer, new_lengths, Options(**options))
 
 
 def _refuse_shapes(q: Tensor) -> str | None:
@@ -504,8 +483,8 @@ def _refuse_append(card, q, *args, **kwargs) -> str | None:
     return _refuse_shapes(q)
 
 
-def _refuse_decode(card, q, layer, **options) -> str | None:
-    softcap, scale = options.get("softcap", 0.0), options.get("scale")
+def _refuse_decode(card, q, layer, *, q_sink=None, new_lengths=None, **options) -> str | None:
+    scale, softcap, *_ = Options(**options)
     if softcap > 1000:  # as flash_attention's
         return "the CUDA kernels take softcaps up to 1000; one so large bends no score"
     if 0 < softcap < 1e-30 or (scale is not None and scale > 1e30):

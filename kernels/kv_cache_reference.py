@@ -7,7 +7,7 @@ is asked which token it holds: nothing then depends on a value on the host, what
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ from almostgpt.kernels.rope import angles_at, rotated
 
 if TYPE_CHECKING:
     from almostgpt.kernels.kv_cache import KVLayer
+
+
+class Options(NamedTuple):
+    """What ``decode_attention`` takes that makes a score; see there."""
+
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    sink_logits: Tensor | None = None
+
+    def scale_for(self, q: Tensor) -> float:
+        """The factor on q · k."""
+        return q.shape[3] ** -0.5 if self.scale is None else self.scale
 
 
 def append(
@@ -120,18 +133,14 @@ def decode(
     q_sink: Tensor,
     layer: KVLayer,
     new_lengths: Tensor | None,
-    scale: float,
-    softcap: float,
-    slopes: Tensor | None,
-    sink: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """``decode_attention``; of its arguments, which are known to be right."""
     start = _common_length(layer) if new_lengths is None else None
     if start is not None and start + q.shape[2] <= layer.reach:
         k, v = in_order(layer, start + q.shape[2], q)
-        options = {"softcap": softcap, "alibi_slopes": slopes, "sink_logits": sink}
-        return reference(q, k, v, causal=True, scale=scale, **options)
-    return decode_slots(q, q_sink, layer, new_lengths, scale, softcap, slopes, sink)
+        return reference(q, k, v, causal=True, **options._asdict())
+    return decode_slots(q, q_sink, layer, new_lengths, options)
 
 
 def in_order(layer: KVLayer, tokens: int, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,10 +162,7 @@ def decode_slots(
     q_sink: Tensor,
     layer: KVLayer,
     new_lengths: Tensor | None,
-    scale: float,
-    softcap: float,
-    slopes: Tensor | None,
-    sink: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """The maths as it is written, over all slots, in float32 (float64 for float64)."""
     B, H, T, D = q.shape
@@ -173,17 +179,18 @@ def decode_slots(
     scores = grouped_matmul(q.to(wide), k.mT)
     if S > 0 and q_sink is not q:
         scores = torch.cat([grouped_matmul(q_sink.to(wide), k[:, :, :S].mT), scores[..., S:]], -1)
-    scores = scores * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
+    scores = scores * options.scale_for(q)
+    if options.softcap > 0:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.alibi_slopes is not None:
         distance = torch.where(p < S, t.clamp(max=W - 1), t) - p
-        scores = scores - slopes.to(wide)[:, None, None] * distance[:, None].to(wide)
+        scores = scores - options.alibi_slopes.to(wide)[:, None, None] * distance[:, None].to(wide)
     sees = sees[:, None]
     scores = scores.masked_fill(~sees, -torch.inf)
     blind = ~sees.any(-1, keepdim=True)
-    if sink is not None:
-        scores = torch.cat([scores, sink.to(wide).view(1, H, 1, 1).expand(B, H, T, 1)], -1)
+    if options.sink_logits is not None:
+        sink = options.sink_logits.to(wide)
+        scores = torch.cat([scores, sink.view(1, H, 1, 1).expand(B, H, T, 1)], -1)
     weights = scores.masked_fill(blind, 0.0).softmax(-1)[..., :C].masked_fill(blind, 0.0)
     # A slot that nobody sees may hold anything.
     v = v.masked_fill(~sees.any(2)[..., None], 0.0)
