@@ -1,0 +1,19 @@
+"""Pages of docs/ whose snippets run, one after the other, and print what the page says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["kv_cache.md"])
+def test_snippets_run(page, capsys):
+    text = (DOCS / page).read_text()
+    snippets = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.S)
+    assert snippets
+    names: dict = {"__name__": "snippet"}
+    for code, prints in snippets:
+        exec(compile(code, f"docs/{page}", "exec"), names)
+        assert capsys.readouterr().out == prints
