@@ -24,7 +24,7 @@ from almostgpt.errors import UserError
 from almostgpt.kernels.check_cases import CASES, Case, Shape
 from almostgpt.kernels.check_kv_cache import held
 from almostgpt.kernels.emulator import EmulatorError
-from almostgpt.kernels.kv_cache import KVLayer
+from almostgpt.kernels.kv_layer import KVLayer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -16,7 +16,7 @@ from almostgpt.kernels.check_kv_cache import (
     plain_decode_attention,
     plain_kv_append,
 )
-from almostgpt.kernels.kv_cache import KVLayer
+from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.rope import turns_of
 
 Shape = tuple[int, ...]

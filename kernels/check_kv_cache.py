@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from almostgpt.kernels.kv_cache import KVLayer
+from almostgpt.kernels.kv_layer import KVLayer
 
 
 def held(layer: KVLayer) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from almostgpt.kernels.flash_attention_reference import grouped_matmul, has_valu
 from almostgpt.kernels.rope import angles_at, rotated
 
 if TYPE_CHECKING:
-    from almostgpt.kernels.kv_cache import KVLayer
+    from almostgpt.kernels.kv_layer import KVLayer
 
 
 class Options(NamedTuple):
@@ -110,7 +110,8 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.where(
         codes.isfinite(), codes, 0.0
     )  # of a row of zeros, or one that is not finite
-    return codes.round().to(torch.int8), scale
+    # Of a row of subnormal numbers the scale is rounded so much that codes could be beyond 127.
+    return codes.clamp(-127, 127).round().to(torch.int8), scale
 
 
 def dequantized(codes: Tensor, scale: Tensor | None, D: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +138,8 @@ def decode(
 ) -> Tensor:
     """``decode_attention``; of its arguments, which are known to be right."""
     start = _common_length(layer) if new_lengths is None else None
-    if start is not None and start + q.shape[2] <= layer.reach:
+    one_query = q_sink is q or layer.sink_tokens == 0
+    if one_query and start is not None and start + q.shape[2] <= layer.reach:
         k, v = in_order(layer, start + q.shape[2], q)
         return reference(q, k, v, causal=True, **options._asdict())
     return decode_slots(q, q_sink, layer, new_lengths, options)

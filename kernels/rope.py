@@ -144,7 +144,7 @@ def turns_of(frequencies: Tensor) -> Tensor:
 
 
 def angles_at(positions: Tensor, turns: Tensor) -> Tensor:
-    """positions (…) int64 and turns (R/2,) → angles in [−π, π), (…, R/2) float64.
+    """positions (…) int64 and turns (R/2,) → angles in [−π, π], (…, R/2) float64.
 
     On a device without float64 (mps) in float32, to 2⁻²⁴ of π.
     """

@@ -25,8 +25,9 @@ from torch import Tensor
 from almostgpt import kernels
 from almostgpt.config import GPTConfig, not_one_of, resolve_model
 from almostgpt.errors import UserError
-from almostgpt.kernels.kv_cache import MAX_POSITION, MAX_QUERIES
+from almostgpt.kernels.kv_cache import MAX_QUERIES
 from almostgpt.kernels.kv_cache_reference import in_order
+from almostgpt.kernels.kv_layer import MAX_POSITION
 from almostgpt.kernels.rope import turns_of
 from almostgpt.model.attention import checked_lengths
 from almostgpt.model.position import POSITIONS
