@@ -403,6 +403,15 @@ def test_rows_of_int8_at_the_edges(backend):
         assert not scales[5:].isfinite().any() and (codes >= -127).all()
 
 
+@pytest.mark.parametrize("units", [1, 63, 64, 127, 190, 191, 300])
+def test_codes_of_subnormal_rows_stay_within_127(units):
+    """Their scale is a subnormal number itself, and rounded by as much as a half."""
+    layer = KVLayer.empty(1, 1, 1, 16, dtype=torch.int8)
+    k = torch.full((1, 1, 1, 16), units * 2.0**-149)
+    calls("reference")[0](k, k, -k, layer)
+    assert (layer.keys >= 0).all() and (layer.values <= 0).all() and (layer.values >= -127).all()
+
+
 # --- other arguments ---------------------------------------------------------------------------------
 
 
@@ -420,11 +429,12 @@ def test_tickets_may_be_missing_or_few(backend):
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
+@pytest.mark.parametrize("tokens", [7, 15])  # within the window, and beyond it
 @on_every_backend
-def test_without_q_sink_q_scores_the_sinks(backend):
+def test_without_q_sink_q_scores_the_sinks(backend, tokens):
     case = Case(dtype=dtype_of(backend), capacity=20, window=10, sinks=3)
     run = Run(backend, case)
-    run.feed(15, attend=False)
+    run.feed(tokens, attend=False)
     run.layer.lengths.sub_(2)
     q = case.draw(2, run.generator)[0].to(run.device)
     alone = run.decode(q, run.layer)
