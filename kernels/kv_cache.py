@@ -55,6 +55,8 @@ def kv_append(
 ) -> tuple[Tensor, Tensor]:
     """Store the keys and values of new tokens, rotated where the model rotates, in one launch.
 
+    Under autocast q, k and v are taken in the dtype of the slots, or of int8 ones in autocast's.
+
     Args:
         q: (B, H, T, D), of tokens ``layer.lengths`` … of each sequence; any strides.
         k, v: (B, Hkv, T, D) in q's dtype. ``layer`` stores that dtype, or int8.
@@ -71,7 +73,11 @@ def kv_append(
         UserError: shapes, dtypes or devices that do not fit together, no room, or a gradient asked
             for: what is stored has none.
     """
-    return KV_APPEND(q, k, v, layer, new_lengths=new_lengths, turns=turns)
+    options = {"new_lengths": new_lengths, "turns": turns}
+    if (dtype := _autocast_dtype(q, layer)) is None:
+        return KV_APPEND(q, k, v, layer, **options)
+    with torch.autocast(q.device.type, enabled=False):
+        return KV_APPEND(q.to(dtype), k.to(dtype), v.to(dtype), layer, **options)
 
 
 def decode_attention(
@@ -86,6 +92,8 @@ def decode_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each sequence's newest tokens over its cache, theirs already appended.
+
+    Under autocast q is taken as ``kv_append`` takes it.
 
     Args:
         q: (B, H, T, D) with T from 1 to ``MAX_QUERIES``: of tokens ``layer.lengths`` …; any strides.
@@ -102,16 +110,30 @@ def decode_attention(
         UserError: shapes, dtypes, devices or options that do not fit together, or a gradient asked
             for, which this op does not have.
     """
-    return DECODE_ATTENTION(
-        q,
-        layer,
-        q_sink=q_sink,
-        new_lengths=new_lengths,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sink_logits=sink_logits,
-    )
+    options = {
+        "new_lengths": new_lengths,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sink_logits": sink_logits,
+    }
+    if (dtype := _autocast_dtype(q, layer)) is None:
+        return DECODE_ATTENTION(q, layer, q_sink=q_sink, **options)
+    same, q = q_sink is None or q_sink is q, q.to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        return DECODE_ATTENTION(q, layer, q_sink=q if same else q_sink.to(dtype), **options)
+
+
+def _autocast_dtype(q: Tensor, layer: KVLayer) -> torch.dtype | None:
+    """What q is to be cast to: the dtype of the slots, of int8 ones autocast's; None without autocast.
+
+    Without it tensors stay as they are, and a dtype that does not fit is an error.
+    """
+    device = q.device.type if isinstance(q, Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    stored = layer.keys.dtype
+    return torch.get_autocast_dtype(device) if stored == torch.int8 else stored
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -58,16 +58,19 @@ class KVLayer:
         width = -(-head_dim // _ALIGNED) * _ALIGNED
         slots = (batch, kv_heads, capacity)
         scaled = dtype == torch.int8
-        return cls(
-            torch.zeros(*slots, width, dtype=dtype, device=device),
-            torch.zeros(*slots, width, dtype=dtype, device=device),
-            torch.zeros(batch, dtype=torch.int32, device=device),
-            torch.zeros(slots, device=device) if scaled else None,
-            torch.zeros(slots, device=device) if scaled else None,
-            window,
-            sink_tokens,
-            torch.zeros(batch * kv_heads * _MAX_ROW_BLOCKS, dtype=torch.int32, device=device),
-        )
+        with torch.inference_mode(
+            False
+        ):  # made under it, they could not be written into outside of it
+            return cls(
+                torch.zeros(*slots, width, dtype=dtype, device=device),
+                torch.zeros(*slots, width, dtype=dtype, device=device),
+                torch.zeros(batch, dtype=torch.int32, device=device),
+                torch.zeros(slots, device=device) if scaled else None,
+                torch.zeros(slots, device=device) if scaled else None,
+                window,
+                sink_tokens,
+                torch.zeros(batch * kv_heads * _MAX_ROW_BLOCKS, dtype=torch.int32, device=device),
+            )
 
     @property
     def capacity(self) -> int:

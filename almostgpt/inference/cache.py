@@ -108,8 +108,7 @@ class KVCache:
             dtype, device: those of the model's weights.
         """
         capacity = config.block_size if capacity is None else capacity
-        if not isinstance(capacity, int) or not 1 <= capacity <= MAX_POSITION:
-            raise UserError(f"capacity is {capacity}, but must be in 1 … {MAX_POSITION}")
+        _check_whole("capacity", capacity, 1, MAX_POSITION)
         return cls._made(config, batch, capacity, None, 0, int8, dtype, device)
 
     @classmethod
@@ -130,20 +129,16 @@ class KVCache:
         ones must not take slots that the first one still sees. Other arguments as of ``full``.
         """
         window = config.block_size if window is None else window
-        if not isinstance(window, int) or not 1 <= window <= config.block_size:
-            raise UserError(
-                f"window is {window}, but must be in 1 … {config.block_size}, the model's block_size"
-            )
-        if not isinstance(sink_tokens, int) or not 0 <= sink_tokens < window:
-            raise UserError(
-                f"sink_tokens is {sink_tokens}, but must be in 0 … {window - 1}: less than the window"
-            )
+        _check_window(config, window, sink_tokens)
         slots = window + MAX_QUERIES - 1
         return cls._made(config, batch, slots, window, sink_tokens, int8, dtype, device)
 
     @classmethod
     def _made(cls, config, batch, slots, window, sink_tokens, int8, dtype, device) -> KVCache:
         config = resolve_model(config)
+        _check_whole("batch", batch, 0, MAX_POSITION)
+        if not dtype.is_floating_point:
+            raise UserError(f"dtype is {dtype}, but must be that of the model's weights")
         layers = [
             kernels.KVLayer.empty(
                 *(batch, config.n_kv_head, slots, config.head_dim),
@@ -188,28 +183,28 @@ class KVCache:
         endless, block_size = model.position.endless, config.block_size
         if tokens is not None and tokens > block_size:
             if not endless:
-                raise UserError(
-                    f"{tokens} tokens, prompt and new ones together, do not fit: the model's "
-                    f"{config.position} positions end at {block_size}. Ask for fewer, or give cache=none, "
-                    f"which computes the last {block_size} anew for every token"
-                )
+                raise UserError(past_the_positions(tokens, config))
             if kind == "full":
                 raise UserError(
                     f"{tokens} tokens, prompt and new ones together, do not fit: a full cache ends at "
                     f"the model's block_size of {block_size}. cache=rolling goes on"
                 )
         window_or_all = block_size if window is None else window
+        if sink_tokens is None and isinstance(window_or_all, int):
+            sink_tokens = max(0, min(SINK_TOKENS, window_or_all - 1))
+        _check_window(config, window_or_all, sink_tokens)
         if tokens is None:
             rolls = endless or window is not None
         else:
             rolls = tokens > window_or_all
         weight = model.token_embedding.weight
-        options = {"int8": kind == "int8", "dtype": weight.dtype, "device": weight.device}
+        dtype, place = weight.dtype, weight.device.type
+        if torch.is_autocast_enabled(place):  # what queries and keys come in
+            dtype = torch.get_autocast_dtype(place)
+        options = {"int8": kind == "int8", "dtype": dtype, "device": weight.device}
         if kind == "full" or (kind != "rolling" and not rolls):
             capacity = block_size if tokens is None else max(1, tokens)
             return cls.full(config, batch, capacity, **options)
-        if sink_tokens is None:
-            sink_tokens = max(0, min(SINK_TOKENS, window_or_all - 1))
         return cls.rolling(config, batch, window, sink_tokens, **options)
 
     def fork(self, n: int) -> KVCache:
@@ -253,7 +248,7 @@ class KVCache:
     @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
-        return max(self._lengths, default=0)
+        return max(self._lengths) if self._lengths else 0
 
     @property
     def end(self) -> int:
@@ -266,6 +261,13 @@ class KVCache:
         self._lengths = [0] * len(self._lengths)
         self.device_lengths.zero_()
         self._finish()
+
+    def check_model(self, config: GPTConfig) -> None:
+        """Raises ``UserError`` where the cache is for another model than that of ``config``."""
+        for key in ("n_layer", "n_kv_head", "head_dim", "position", "rope_base"):
+            its, theirs = getattr(self.config, key), getattr(config, key)
+            if its != theirs:
+                raise UserError(f"the cache is for another model: its {key} is {its}, not {theirs}")
 
     # ------------------------------------------------------------ a forward pass
 
@@ -341,7 +343,13 @@ class KVCache:
         new_lengths = part.new_lengths
         q, q_sink = kernels.kv_append(q, k, v, layer, new_lengths=new_lengths, turns=self.turns)
         if part.in_order is not None:
-            return kernels.flash_attention(q, *in_order(layer, part.in_order, q), causal=True)
+            k, v = in_order(layer, part.in_order, q)
+            if new_lengths is not None:
+                # Where padding would be, a slot may hold anything: no key to see, but 0 · NaN is NaN.
+                slot = torch.arange(part.in_order, device=q.device)
+                empty = (slot >= (layer.lengths + new_lengths)[:, None])[:, None, :, None]
+                k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
+            return kernels.flash_attention(q, k, v, causal=True)
         return kernels.decode_attention(q, layer, q_sink=q_sink, new_lengths=new_lengths)
 
     def advance(self) -> None:
@@ -400,20 +408,19 @@ class KVCache:
     def _planned(self, new: list[int]) -> list[_Part]:
         """How the tokens go through the ops; what that takes on the device is made here, once."""
         first = self.layers[0]
-        tokens = max(new, default=0)
-        together = len(set(self._lengths)) == 1
+        tokens = max(new) if new else 0
+        # Compared one by one: hashed, they would be constants to torch.compile, and every token a graph.
+        together = all(had == self.length for had in self._lengths)
         ordered = first.reach - self.length if together and tokens > MAX_QUERIES else 0
         plan, numbers, start = [], [], 0
         while start < tokens:
             before = [had + start for had in self._lengths]  # means nothing where no more is there
+            most = MAX_QUERIES
             if start < ordered:
                 most = min(ordered - start, first.capacity - first.sink_tokens)
-            else:
-                most = self._at_once(before, new, start)
-            stop = min(tokens, start + most)
-            if first.window is None:
-                # kv_append wants room for padding, too: the length of a row that gets nothing may be less.
-                before = [min(had, first.capacity - (stop - start)) for had in before]
+            stop = min(tokens, start + min(most, first.capacity - first.sink_tokens))
+            if first.window is None:  # a row that gets nothing more is nowhere beyond its slots
+                before = [min(had, first.capacity) for had in before]
             now = [min(max(more - start, 0), stop - start) for more in new]
             moved, padded = before != self._lengths, min(now) < stop - start
             plan.append((start, stop, start < ordered, moved, padded))
@@ -430,20 +437,21 @@ class KVCache:
             for start, stop, in_order, moved, padded in plan
         ]
 
-    def _at_once(self, before: list[int], new: list[int], start: int) -> int:
-        """How many tokens one ``decode_attention`` may take, where rows have had so many before it."""
-        first = self.layers[0]
-        if first.window is not None:
-            return MAX_QUERIES
-        room = [first.capacity - had for had, more in zip(before, new, strict=True) if more > start]
-        return min(MAX_QUERIES, *room)
-
     def _to_device(self, numbers: list[list[int]]) -> Sequence[Tensor]:
         """Each as a (B,) int32 tensor, all of them in one transfer that nothing waits for."""
         if not numbers:
             return []
         tensor = torch.tensor(numbers, dtype=torch.int32)
         return tensor.to(self.device_lengths.device, non_blocking=True).unbind(0)
+
+
+def past_the_positions(tokens: int, config: GPTConfig) -> str:
+    """What to say of more tokens than there are positions."""
+    return (
+        f"{tokens} tokens, prompt and new ones together, do not fit: the model's {config.position} "
+        f"positions end at {config.block_size}. Ask for fewer, or give cache=none, which computes the "
+        f"last {config.block_size} anew for every token"
+    )
 
 
 def check_options(kind: str, window: int | None, sink_tokens: int | None) -> None:
@@ -453,3 +461,13 @@ def check_options(kind: str, window: int | None, sink_tokens: int | None) -> Non
     for name, value in (("window", window), ("sink_tokens", sink_tokens)):
         if value is not None and kind in ("full", "none"):
             raise UserError(f"{name} is for a cache that rolls, and cache={kind} does not")
+
+
+def _check_whole(name: str, value: object, least: int, most: int, why: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(f"{name} is {value!r}, but must be in {least} … {most}{why}")
+
+
+def _check_window(config: GPTConfig, window: object, sink_tokens: object) -> None:
+    _check_whole("window", window, 1, config.block_size, ", the model's block_size")
+    _check_whole("sink_tokens", sink_tokens, 0, window - 1, ": less than the window")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from almostgpt.errors import UserError
-from almostgpt.inference.cache import KVCache
+from almostgpt.inference.cache import KVCache, past_the_positions
 from almostgpt.inference.sampling import check_sampling, sample
 
 if TYPE_CHECKING:
@@ -129,13 +129,7 @@ def _check_given(
     """Whether a cache that the caller made holds the first tokens of ids, with room for the others."""
     if window is not None or sink_tokens is not None:
         raise UserError("window and sink_tokens are those of the cache given: leave them out")
-    ours, its = model.config, cache.config
-    for key in ("n_layer", "n_kv_head", "head_dim", "position", "rope_base"):
-        if getattr(ours, key) != getattr(its, key):
-            raise UserError(
-                f"the cache is for another model: its {key} is {getattr(its, key)}, not "
-                f"{getattr(ours, key)}"
-            )
+    cache.check_model(model.config)
     B, T = ids.shape
     if len(cache.lengths) != B or len(set(cache.lengths)) > 1:
         raise UserError(
@@ -147,11 +141,12 @@ def _check_given(
             f"the cache holds {cache.length} tokens, but ids have {T}: give the cached ones and at "
             "least 1 new one"
         )
-    end = cache.end if model.position.endless else min(cache.end, ours.block_size)
-    if tokens > end:
+    if tokens > cache.end:
         raise UserError(
-            f"{tokens} tokens, prompt and new ones together, do not fit: the cache ends at {end}"
+            f"{tokens} tokens, prompt and new ones together, do not fit: the cache ends at {cache.end}"
         )
+    if not model.position.endless and tokens > model.config.block_size:
+        raise UserError(past_the_positions(tokens, model.config))
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:

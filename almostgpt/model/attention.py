@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,6 +21,9 @@ class Cache(Protocol):
     def lengths(self) -> Sequence[int]:
         """Tokens already in it, of each sequence; known without asking the device."""
 
+    def check_model(self, config: GPTConfig) -> None:
+        """Raises ``UserError`` where it is for another model."""
+
     def begin(self, tokens: int, new_lengths: Sequence[int] | None = None) -> Tensor:
         """Called first in a forward pass of so many tokens; returns their positions (B, T) int64."""
 
@@ -35,11 +39,14 @@ class Cache(Protocol):
 
 def checked_lengths(new_lengths: Sequence[int], B: int, T: int) -> list[int]:
     """How many of the T tokens of each row are there; raises ``UserError`` where that cannot be."""
-    lengths = [int(length) for length in new_lengths]
-    if len(lengths) != B or not all(0 <= length <= T for length in lengths):
+    try:
+        lengths = [operator.index(length) for length in new_lengths]
+    except TypeError:
+        lengths = None
+    if lengths is None or len(lengths) != B or not all(0 <= length <= T for length in lengths):
         raise UserError(
             f"new_lengths must be {B} whole numbers, one for each row and each within 0 … {T}, "
-            f"not {lengths}"
+            f"not {new_lengths}"
         )
     return lengths
 

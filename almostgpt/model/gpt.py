@@ -179,6 +179,7 @@ class GPT(nn.Module):
 
     def _check_positions(self, cache: Cache, B: int, T: int, new_lengths: list[int] | None) -> None:
         """What a cache cannot know of: the ids, and whether there are positions past block_size."""
+        cache.check_model(self.config)
         cached = cache.lengths
         if len(cached) != B:
             raise UserError(f"the cache is of {len(cached)} sequences, but ids of {B}")

@@ -169,7 +169,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
   float out[row_tiles][out_tiles][4] = {};
   OnlineSoftmax<row_tiles> softmax;
   constexpr bool units = int8 && std::is_same_v<T, fp16>;
-  ScaleUnit unit;
+  RowUnits<row_tiles> row_units;
   int stage = 0;
   UNROLL_BY(1)
   for (int tile = first_tile + warp; tile < end_tile; tile += Tile::warps) {
@@ -199,13 +199,17 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
     softmax.add(scores, out, factor);
 
     // O += P V
-    if constexpr (units) unit.fit(value_scale, out);
+    if constexpr (int8) {
+      UNROLL for (int r = 0; r < row_tiles; ++r)
+        UNROLL for (int c = 0; c < score_tiles; ++c)
+          UNROLL for (int e = 0; e < 4; ++e) scores[r][c][e] *= value_scale[2 * c + e % 2];
+      if constexpr (units) row_units.fit(scores, out);
+    }
     uint32_t p[row_tiles][4];
     UNROLL for (int r = 0; r < row_tiles; ++r)
       UNROLL for (int c = 0; c < 2; ++c) {
         const float(&s)[4] = scores[r][c];
-        const float even = int8 ? value_scale[2 * c] : 1.0f, odd = int8 ? value_scale[2 * c + 1] : 1.0f;
-        pack_fragment<T>(p[r], c, s[0] * even, s[1] * odd, s[2] * even, s[3] * odd);
+        pack_fragment<T>(p[r], c, s[0], s[1], s[2], s[3]);
       }
     if constexpr (int8) multiply_rows_int8<T>(out, p, right_turned(v_tile(stage)));
     else multiply_rows<T>(out, p, right_turned(v_tile(stage)), 0);
@@ -232,7 +236,7 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, Tile::blocks) decode_kernel(GRID_CONSTANT co
     cta_sync();  // nobody reads keys, or the sums before, any more
     UNROLL for (int half = 0; half < 2; ++half) {
       const auto row = softmax.finish(r, half, factor, kMinusInfinity);
-      warps.store(warp, half, row.lse, units ? row.weight * unit.unit : row.weight, out[r]);
+      warps.store(warp, half, row.lse, units ? row.weight * row_units.unit[r][half] : row.weight, out[r]);
     }
     cta_sync();
     const int rows_here = min(kFragmentRows, rows - r * kFragmentRows);

@@ -68,31 +68,41 @@ DEVICE void multiply_rows_int8(float (&sums)[row_tiles][column_tiles][4], const 
   }
 }
 
-// The scales of values as fp16 can bear them: a probability times a scale of 1e-7 would be nothing, and one
-// times 1000 infinite. So they are taken in units of a power of two, no lower than the largest so far; where
-// that moves, the sums move along. (bf16 has the range of float, and needs none of it.)
-struct ScaleUnit {
-  float unit = 0.0f;
+// Probabilities times the scales of their values, as fp16 can bear them: of values about 1e-4 such a product
+// would lose its digits, of large ones be infinite. So each row has a unit, a power of two above the largest
+// product so far; where it moves, the row's sums move along. What is lost is below 2^-24 of the largest. A
+// row's unit knows nothing of what the row does not see. (bf16 has the range of float, and needs none of it.)
+template <int row_tiles>
+struct RowUnits {
+  float unit[row_tiles][2] = {};
 
-  // By all lanes of the warp; `scales` of this lane's columns.
-  template <int row_tiles, int out_tiles>
-  DEVICE void fit(float (&scales)[4], float (&out)[row_tiles][out_tiles][4]) {
-    float most = max(max(scales[0], scales[1]), max(scales[2], scales[3]));
-    most = max(most, shfl_xor(most, 1));
-    most = max(most, shfl_xor(most, 2));
-    if (most > unit) {  // the same in all lanes: they have the same columns, four by four
-      uint32_t bits;
-      memcpy(&bits, &most, 4);
-      bits = (bits & 0x7f800000u) + 0x00800000u;
-      const float before = unit;
-      memcpy(&unit, &bits, 4);
-      const float shrink = before / unit;
-      UNROLL for (int r = 0; r < row_tiles; ++r)
-        UNROLL for (int d = 0; d < out_tiles; ++d)
-          UNROLL for (int e = 0; e < 4; ++e) out[r][d][e] *= shrink;
-    }
-    const float per_unit = unit > 0.0f ? 1.0f / unit : 1.0f;
-    UNROLL for (int i = 0; i < 4; ++i) scales[i] *= per_unit;
+  template <int out_tiles>
+  DEVICE void fit(float (&products)[row_tiles][2][4], float (&out)[row_tiles][out_tiles][4]) {
+    UNROLL for (int r = 0; r < row_tiles; ++r)
+      UNROLL for (int half = 0; half < 2; ++half) {
+        float most = 0.0f;
+        UNROLL for (int c = 0; c < 2; ++c)
+          most = max(most, max(products[r][c][2 * half], products[r][c][2 * half + 1]));
+        most = max(most, shfl_xor(most, 1));
+        most = max(most, shfl_xor(most, 2));  // of the four lanes that share the row
+        if (most > unit[r][half]) {
+          uint32_t bits;
+          memcpy(&bits, &most, 4);
+          bits = (bits & 0x7f800000u) + 0x00800000u;
+          const float before = unit[r][half];
+          memcpy(&unit[r][half], &bits, 4);
+          const float shrink = before / unit[r][half];
+          UNROLL for (int d = 0; d < out_tiles; ++d)
+            UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[r][d][e] *= shrink;
+        }
+        uint32_t bits;
+        memcpy(&bits, &unit[r][half], 4);
+        bits = 0x7f000000u - bits;  // of 1 / unit; before there is a unit all products are zeros
+        float per_unit;
+        memcpy(&per_unit, &bits, 4);
+        UNROLL for (int c = 0; c < 2; ++c)
+          UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) products[r][c][e] *= per_unit;
+      }
   }
 };
 

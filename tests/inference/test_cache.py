@@ -578,7 +578,10 @@ def test_bad_calls_are_named():
     cache.begin(3)
     with pytest.raises(UserError, match=r"begin\(\) said 3"):
         cache.append(0, x, x[:, :2], x[:, :2])
-    with pytest.raises(UserError, match="layer 1 of a cache of 1"):
+    cache.begin(4)
+    with pytest.raises(UserError, match="layer 2 of a cache of 2"):
+        cache.extend(2, x, x[:, :2], x[:, :2])
+    with pytest.raises(UserError, match="another model: its n_layer is 1, not 2"):
         model(ids, cache=made(make(n_layer=1), 2, "full"))
     with pytest.raises(UserError, match="q is torch.float64, but the cache stores torch.float32"):
         model(ids, cache=KVCache.full(model.config, 2))

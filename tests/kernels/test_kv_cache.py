@@ -403,6 +403,30 @@ def test_rows_of_int8_at_the_edges(backend):
         assert not scales[5:].isfinite().any() and (codes >= -127).all()
 
 
+@on_every_backend
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 6e7])
+def test_int8_values_of_any_size_side_by_side(backend, ratio):
+    """A large value that a query does not see, or hardly, costs the small ones nothing: also in fp16."""
+    append, decode = calls(backend)
+    dtype = torch.float32 if dtype_of(backend) == torch.float32 else torch.float16
+    layer = KVLayer.empty(1, 1, 40, 64, dtype=torch.int8, device=device_of(backend))
+    k = torch.zeros(1, 1, 34, 64, dtype=dtype)
+    v = torch.full_like(k, 1e-3)
+    k[..., 0, 0], v[..., 0, :] = -64.0, 1e-3 * ratio  # seen, with a probability of nothing
+    v[..., 33, :] = 1e-3 * ratio  # not seen by the first of the two queries
+    q = torch.zeros(1, 1, 34, 64, dtype=dtype)
+    q[..., 0] = 8.0
+    q, k, v = (x.to(device_of(backend)) for x in (q, k, v))
+    append(q[:, :, :32], k[:, :, :32], v[:, :, :32], layer)
+    layer.lengths.add_(32)
+    queries, sinks_ = append(q[:, :, 32:], k[:, :, 32:], v[:, :, 32:], layer)
+    out = decode(queries, layer, q_sink=sinks_)[0, 0].float().cpu()
+    torch.testing.assert_close(out[0], torch.full((64,), 1e-3), rtol=5e-3, atol=0)
+    torch.testing.assert_close(
+        out[1], torch.full((64,), (32e-3 + 1e-3 * ratio) / 33), rtol=5e-3, atol=0
+    )
+
+
 @pytest.mark.parametrize("units", [1, 63, 64, 127, 190, 191, 300])
 def test_codes_of_subnormal_rows_stay_within_127(units):
     """Their scale is a subnormal number itself, and rounded by as much as a half."""

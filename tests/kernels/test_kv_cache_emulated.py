@@ -286,3 +286,34 @@ def noticed(site: str, mutation: str, truths: list[dict[str, torch.Tensor]]) -> 
         except UserError:
             pass  # this case did not reach it
     return False
+
+
+@pytest.mark.parametrize("length", [-5, 2**30, 2**31 - 4, 2**31 - 1])
+def test_lengths_that_nobody_checked_stay_within_the_cache(length):
+    """On a GPU looking at them would cost a sync, so the kernels bear any: no result, no other memory."""
+    emulator.load()
+    ops = torch.ops.almostgpt_emulator
+    for window, sinks in ((20, 0), (12, 3)):
+        layer = kernels.KVLayer.empty(1, 1, 20, 16, dtype=torch.bfloat16)
+        layer.lengths.fill_(length)
+        q = torch.randn(1, 2, 4, 16).bfloat16()
+        turns = torch.full((8,), 2**61)
+        slots = (layer.keys, layer.values, None, None)
+        ops.kv_append(
+            q, q[:, :1], q[:, :1], *slots, layer.lengths, None, turns, sinks, window - 1, 90
+        )
+        ops.decode_attention(
+            q,
+            q,
+            *slots,
+            layer.lengths,
+            None,
+            None,
+            None,
+            layer.tickets,
+            window,
+            sinks,
+            0.25,
+            0.0,
+            90,
+        )
