@@ -16,7 +16,7 @@ A forward pass calls ``begin``, ``extend`` once a layer, and ``advance``::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from almostgpt import kernels
 from almostgpt.config import GPTConfig, not_one_of, resolve_model
 from almostgpt.errors import UserError
+from almostgpt.inference.cache_parts import Part, on_device, planned
 from almostgpt.kernels.kv_cache import MAX_QUERIES
 from almostgpt.kernels.kv_cache_reference import in_order
 from almostgpt.kernels.kv_layer import MAX_POSITION
@@ -44,23 +45,6 @@ class Queries(NamedTuple):
 
     q: Tensor
     q_sink: Tensor
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Tokens of a forward pass that go through the ops at once.
-
-    Attributes:
-        tokens: which ones of the pass.
-        lengths: (B,) int32, tokens before them; None: those of the cache.
-        new_lengths: as of ``kernels.kv_append``.
-        in_order: where flash_attention takes them, of how many tokens the keys lie in order then.
-    """
-
-    tokens: slice
-    lengths: Tensor | None
-    new_lengths: Tensor | None
-    in_order: int | None
 
 
 class KVCache:
@@ -291,8 +275,8 @@ class KVCache:
         self._check_room(new)
         self._finish()
         if any(more < tokens for more in new):
-            self._new_lengths = self._to_device([new])[0]
-        self._parts = self._planned(new)
+            self._new_lengths = on_device([new], self.device_lengths)[0]
+        self._parts = planned(self.layers[0], self._lengths, new)
         self._overwrites = self._would_overwrite(new)
         self._tokens, self._new = tokens, new
         before = self.device_lengths.long()[:, None]
@@ -337,7 +321,7 @@ class KVCache:
             out.append(torch.zeros_like(q[:, :, done:]))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
-    def _extend_by(self, part: _Part, layer: kernels.KVLayer, q, k, v) -> Tensor:
+    def _extend_by(self, part: Part, layer: kernels.KVLayer, q, k, v) -> Tensor:
         if part.lengths is not None:
             layer = replace(layer, lengths=part.lengths)
         new_lengths = part.new_lengths
@@ -363,7 +347,7 @@ class KVCache:
         self._tokens = 0
         self._new = [0] * len(self._lengths)
         self._new_lengths: Tensor | None = None
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._overwrites = False  # whether the pass takes slots of tokens that were still seen
         self._spoiled = False  # whether one did, and did not end
 
@@ -404,45 +388,6 @@ class KVCache:
             more > spare and had > first.sink_tokens and had + more > first.capacity
             for had, more in zip(self._lengths, new, strict=True)
         )
-
-    def _planned(self, new: list[int]) -> list[_Part]:
-        """How the tokens go through the ops; what that takes on the device is made here, once."""
-        first = self.layers[0]
-        tokens = max(new) if new else 0
-        # Compared one by one: hashed, they would be constants to torch.compile, and every token a graph.
-        together = all(had == self.length for had in self._lengths)
-        ordered = first.reach - self.length if together and tokens > MAX_QUERIES else 0
-        plan, numbers, start = [], [], 0
-        while start < tokens:
-            before = [had + start for had in self._lengths]  # means nothing where no more is there
-            most = MAX_QUERIES
-            if start < ordered:
-                most = min(ordered - start, first.capacity - first.sink_tokens)
-            stop = min(tokens, start + min(most, first.capacity - first.sink_tokens))
-            if first.window is None:  # a row that gets nothing more is nowhere beyond its slots
-                before = [min(had, first.capacity) for had in before]
-            now = [min(max(more - start, 0), stop - start) for more in new]
-            moved, padded = before != self._lengths, min(now) < stop - start
-            plan.append((start, stop, start < ordered, moved, padded))
-            numbers += [before] * moved + [now] * padded
-            start = stop
-        on_device = iter(self._to_device(numbers))
-        return [
-            _Part(
-                slice(start, stop),
-                next(on_device) if moved else None,
-                next(on_device) if padded else None,
-                self.length + stop if in_order else None,
-            )
-            for start, stop, in_order, moved, padded in plan
-        ]
-
-    def _to_device(self, numbers: list[list[int]]) -> Sequence[Tensor]:
-        """Each as a (B,) int32 tensor, all of them in one transfer that nothing waits for."""
-        if not numbers:
-            return []
-        tensor = torch.tensor(numbers, dtype=torch.int32)
-        return tensor.to(self.device_lengths.device, non_blocking=True).unbind(0)
 
 
 def past_the_positions(tokens: int, config: GPTConfig) -> str:
