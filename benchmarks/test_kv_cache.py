@@ -177,9 +177,8 @@ def attentions(
         found[f"almostgpt ({backend}){text}"] = Contestant(T, ours(T, before))
         if contest != "PyTorch":
             found[f"almostgpt, int8{text}"] = Contestant(T, ours(T, before, int8=True), int8=True)
-        if (
-            contest == "other slots" and case.B > 1
-        ):  # then PyTorch has no slice that serves all sequences
+        # Sequences of other lengths each: PyTorch has no slice that serves them all.
+        if contest == "other slots" and case.B > 1:
             apart = before - torch.arange(case.B, dtype=torch.int32)
             found[f"almostgpt, lengths apart{text}"] = Contestant(T, ours(T, apart))
     if contest == "other slots":
