@@ -13,6 +13,8 @@ What we aim at on an H200; nothing is asserted:
     decode_attention, 32k keys, one sequence        60 % of a copy
     4 tokens at once                                1.3 times as long as one
     kv_append of a long prompt                      80 % of a copy
+
+Both ops in one file, though it is long: they share layers, sizes, and how inputs are rotated.
 """
 
 from __future__ import annotations

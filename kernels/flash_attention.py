@@ -30,13 +30,17 @@ softcap, Gemma 2, arXiv:2408.00118; ALiBi, Press et al., arXiv:2108.12409; windo
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from almostgpt.errors import UserError
+from almostgpt.kernels.attention_options import (
+    check_scores,
+    empty_heads_like,
+    refuse_heads,
+    refuse_scores,
+)
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.flash_attention_reference import (
@@ -53,7 +57,6 @@ from almostgpt.kernels.flash_attention_reference import (
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def flash_attention(
@@ -150,7 +153,7 @@ def _check(q, k, v, **options) -> None:
 
 
 def _check_options(q: Tensor, k: Tensor, options: Options) -> None:
-    window, scale, softcap = options.window, options.scale, options.softcap
+    window = options.window
     for name in ("causal", "deterministic", "return_lse"):
         if not isinstance(value := getattr(options, name), bool):
             raise UserError(f"flash_attention: {name} must be True or False, not {value!r}")
@@ -163,22 +166,7 @@ def _check_options(q: Tensor, k: Tensor, options: Options) -> None:
             "flash_attention: window must be (left, right), two whole numbers of keys or −1 for a "
             f"side that is open, not {window!r}"
         )
-    if scale is not None and not (isinstance(scale, _NUMBER) and 0 < scale < math.inf):
-        raise UserError(f"flash_attention: scale must be a number above 0, not {scale!r}")
-    if not (isinstance(softcap, _NUMBER) and 0 <= softcap < math.inf):
-        raise UserError(f"flash_attention: softcap must be 0 (none) or above, not {softcap!r}")
-    for name in ("alibi_slopes", "sink_logits"):
-        tensor = getattr(options, name)
-        if tensor is None:
-            continue
-        _check_tensor(name, tensor)
-        if tensor.shape != q.shape[1:2] or not tensor.is_floating_point():
-            raise UserError(
-                f"flash_attention: {name} must be ({q.shape[1]},) floats, one for each query head, "
-                f"not {tuple(tensor.shape)} of {tensor.dtype}"
-            )
-        if tensor.device != q.device:
-            raise UserError(f"flash_attention: q is on {q.device} and {name} on {tensor.device}")
+    check_scores("flash_attention", q, options)
     if options.alibi_slopes is not None and options.alibi_slopes.requires_grad:
         raise UserError(
             "flash_attention: alibi_slopes get no gradient; give them detached, or learn a bias "
@@ -228,12 +216,6 @@ _OPTIONS = (
 )
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """(B, H, T, D) as x, but (B, T, H, D) in memory: what comes next reads a token's heads as one."""
-    B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
-
-
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -242,7 +224,7 @@ def _forward_cpu(q, k, v, slopes, sink, cu_seqlens, left, right, scale, softcap,
     scoring = Scoring(left, right, scale, softcap, slopes)
     with torch.no_grad():
         out, lse = attend(q, k, v, scoring, sink, cu_seqlens)
-    return _empty_like(q).copy_(out), lse.contiguous()
+    return empty_heads_like(q).copy_(out), lse.contiguous()
 
 
 def _backward_cpu(
@@ -264,9 +246,9 @@ def _backward_cpu(
     dS = scale * P * (grouped_matmul(dout, v_.mT) - delta[..., None])
     if slope is not None:
         dS = dS * slope
-    dq = _empty_like(q).copy_(grouped_matmul(dS, k_))
-    dk = _empty_like(k).copy_(_of_key_heads(dS, k).mT @ _of_key_heads(q_, k))
-    dv = _empty_like(v).copy_(_of_key_heads(P, k).mT @ _of_key_heads(dout, k))
+    dq = empty_heads_like(q).copy_(grouped_matmul(dS, k_))
+    dk = empty_heads_like(k).copy_(_of_key_heads(dS, k).mT @ _of_key_heads(q_, k))
+    dv = empty_heads_like(v).copy_(_of_key_heads(P, k).mT @ _of_key_heads(dout, k))
     if sink is None:
         return dq, dk, dv, q.new_empty(0, dtype=wide)
     dsink = -(torch.exp(sink[:, None] - lse) * delta).sum((0, 2))
@@ -280,12 +262,12 @@ def _of_key_heads(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _forward_fake(q, *_):
-    return _empty_like(q), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+    return empty_heads_like(q), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, slopes, sink, *_):
     dsink = q.new_empty(0, dtype=_sum_dtype(q)) if sink is None else sink.new_empty(sink.shape)
-    return _empty_like(q), _empty_like(k), _empty_like(v), dsink
+    return empty_heads_like(q), empty_heads_like(k), empty_heads_like(v), dsink
 
 
 def _save_forward(ctx, inputs, output):
@@ -382,16 +364,7 @@ def _run_csrc(ops, q, k, v, **options):
 
 
 def _refuse_card(card, q, k, v, **options) -> str | None:
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"the CUDA kernels compute in bfloat16 and float16, not {q.dtype}"
-    if q.shape[3] > 256:
-        return f"the CUDA kernels take heads up to 256 wide, not {q.shape[3]}"
-    softcap, scale = options.get("softcap", 0.0), options.get("scale")
-    if softcap > 1000:  # their tanh is off by 1e-7, and so such a score by 1e-4
-        return "the CUDA kernels take softcaps up to 1000; one so large bends no score"
-    if 0 < softcap < 1e-30 or (scale is not None and scale > 1e30):
-        return "the CUDA kernels compute in float32: softcaps below 1e-30 and scales above 1e30 leave it"
-    return None
+    return refuse_heads(q) or refuse_scores(options.get("scale"), options.get("softcap", 0.0))
 
 
 FLASH_ATTENTION = Op(

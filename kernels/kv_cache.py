@@ -29,13 +29,17 @@ keys split among blocks, Dao et al., "Flash-Decoding for long-context inference"
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from almostgpt.errors import UserError
+from almostgpt.kernels.attention_options import (
+    check_scores,
+    empty_heads_like,
+    refuse_heads,
+    refuse_scores,
+)
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.kv_cache_reference import Options, append, decode, decode_slots
@@ -192,20 +196,9 @@ def _check_decode(q, layer, *, q_sink=None, new_lengths=None, **options) -> None
             f"{layer.window + T - 1} slots, and the cache has {layer.capacity}"
         )
     chosen = Options(**options)
-    scale, softcap = chosen.scale, chosen.softcap
-    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-        raise UserError(f"{name}: scale must be a number above 0, not {scale!r}")
-    if not (isinstance(softcap, (int, float)) and 0 <= softcap < math.inf):
-        raise UserError(f"{name}: softcap must be 0 (none) or above, not {softcap!r}")
-    per_head = {"alibi_slopes": chosen.alibi_slopes, "sink_logits": chosen.sink_logits}
-    for key, tensor in per_head.items():
-        if tensor is not None and (tensor.shape != (H,) or not tensor.is_floating_point()):
-            raise UserError(
-                f"{name}: {key} must be ({H},) floats, one for each query head, not "
-                f"{tuple(tensor.shape)} of {tensor.dtype}"
-            )
-    check_lengths(name, q, layer, new_lengths, per_head)
-    _refuse_gradients(name, q, q_sink, *per_head.values())
+    check_scores(name, q, chosen)
+    check_lengths(name, q, layer, new_lengths, {})
+    _refuse_gradients(name, q, q_sink, chosen.alibi_slopes, chosen.sink_logits)
 
 
 def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
@@ -231,7 +224,7 @@ def _append_cpu(
 
 
 def _append_fake(q, k, v, keys, values, ks, vs, lengths, new_lengths, turns, sinks, at):
-    return _append_outputs(q, q, turns, at, _empty_like)
+    return _append_outputs(q, q, turns, at, empty_heads_like)
 
 
 def _append_outputs(q, q_sink, turns, at, make):
@@ -252,17 +245,11 @@ def _decode_cpu(
 
 
 def _decode_fake(q, *_):
-    return _empty_like(q)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """(B, H, T, D) as x, but (B, T, H, D) in memory: what comes next reads a token's heads as one."""
-    B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
+    return empty_heads_like(q)
 
 
 def _in_memory(x: Tensor) -> Tensor:
-    return _empty_like(x).copy_(x)
+    return empty_heads_like(x).copy_(x)
 
 
 define(
@@ -340,25 +327,13 @@ def _decode_reference(q, layer: KVLayer, *, q_sink=None, new_lengths=None, **opt
     return decode(q, q if q_sink is None else q_sink, layer, new_lengths, Options(**options))
 
 
-def _refuse_shapes(q: Tensor) -> str | None:
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"the CUDA kernels compute in bfloat16 and float16, not {q.dtype}"
-    if q.shape[3] > 256:
-        return f"the CUDA kernels take heads up to 256 wide, not {q.shape[3]}"
-    return None
-
-
 def _refuse_append(card, q, *args, **kwargs) -> str | None:
-    return _refuse_shapes(q)
+    return refuse_heads(q)
 
 
 def _refuse_decode(card, q, layer, *, q_sink=None, new_lengths=None, **options) -> str | None:
     scale, softcap, *_ = Options(**options)
-    if softcap > 1000:  # as flash_attention's
-        return "the CUDA kernels take softcaps up to 1000; one so large bends no score"
-    if 0 < softcap < 1e-30 or (scale is not None and scale > 1e30):
-        return "the CUDA kernels compute in float32: softcaps below 1e-30 and scales above 1e30 leave it"
-    return _refuse_shapes(q)
+    return refuse_heads(q) or refuse_scores(scale, softcap)
 
 
 KV_APPEND = Op(

@@ -53,10 +53,8 @@ def append(
         q, k = _rotated(qk, positions, turns).split(heads, dim=1)
         q = q.to(unrotated.dtype)
         q_sink = q
-        beyond = (
-            start is None or start + T > layer.reach
-        )  # where a query stands too far from the sinks
-        if layer.sink_tokens > 0 and beyond:
+        near = start is not None and start + T <= layer.reach  # all queries stand near the sinks
+        if layer.sink_tokens > 0 and not near:
             q_sink = _rotated(unrotated, positions.clamp(max=layer.reach - 1), turns)
     if start is not None and start + T <= layer.capacity:
         there = slice(start, start + T)
@@ -107,9 +105,8 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(-1) / 127
     codes = x / scale[..., None]
-    codes = torch.where(
-        codes.isfinite(), codes, 0.0
-    )  # of a row of zeros, or one that is not finite
+    # Not finite in a row of zeros, or in one that is not finite itself.
+    codes = torch.where(codes.isfinite(), codes, 0.0)
     # Of a row of subnormal numbers the scale is rounded so much that codes could be beyond 127.
     return codes.clamp(-127, 127).round().to(torch.int8), scale
 

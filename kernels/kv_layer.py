@@ -58,9 +58,8 @@ class KVLayer:
         width = -(-head_dim // _ALIGNED) * _ALIGNED
         slots = (batch, kv_heads, capacity)
         scaled = dtype == torch.int8
-        with torch.inference_mode(
-            False
-        ):  # made under it, they could not be written into outside of it
+        # Made under inference_mode, they could not be written into outside of it.
+        with torch.inference_mode(False):
             return cls(
                 torch.zeros(*slots, width, dtype=dtype, device=device),
                 torch.zeros(*slots, width, dtype=dtype, device=device),
@@ -144,7 +143,8 @@ def check_lengths(name: str, q, layer: KVLayer, new_lengths, others: dict) -> No
     parts = {
         "the cache": layer.keys,
         "its values": layer.values,
-        "its scales": layer.key_scales,
+        "its keys' scales": layer.key_scales,
+        "its values' scales": layer.value_scales,
         "lengths": layer.lengths,
         "new_lengths": new_lengths,
         **others,

@@ -19,7 +19,8 @@ from almostgpt.config import MAX_SEED
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
-from almostgpt.inference.cache import KVCache, check_options
+from almostgpt.inference.cache import KVCache
+from almostgpt.inference.cache_options import check_options
 from almostgpt.inference.generate import feed, stream
 from almostgpt.inference.sampling import check_sampling
 from almostgpt.model import GPT

@@ -23,8 +23,15 @@ import torch
 from torch import Tensor
 
 from almostgpt import kernels
-from almostgpt.config import GPTConfig, not_one_of, resolve_model
+from almostgpt.config import GPTConfig, resolve_model
 from almostgpt.errors import UserError
+from almostgpt.inference.cache_options import (
+    SINK_TOKENS,
+    check_options,
+    check_whole,
+    check_window,
+    past_the_positions,
+)
 from almostgpt.inference.cache_parts import Part, on_device, planned
 from almostgpt.kernels.kv_cache import MAX_QUERIES
 from almostgpt.kernels.kv_cache_reference import in_order
@@ -35,9 +42,6 @@ from almostgpt.model.position import POSITIONS
 
 if TYPE_CHECKING:
     from almostgpt.model import GPT
-
-KINDS = ("auto", "full", "rolling", "int8", "none")
-SINK_TOKENS = 4  # what Xiao et al. found to be enough
 
 
 class Queries(NamedTuple):
@@ -92,7 +96,7 @@ class KVCache:
             dtype, device: those of the model's weights.
         """
         capacity = config.block_size if capacity is None else capacity
-        _check_whole("capacity", capacity, 1, MAX_POSITION)
+        check_whole("capacity", capacity, 1, MAX_POSITION)
         return cls._made(config, batch, capacity, None, 0, int8, dtype, device)
 
     @classmethod
@@ -113,14 +117,14 @@ class KVCache:
         ones must not take slots that the first one still sees. Other arguments as of ``full``.
         """
         window = config.block_size if window is None else window
-        _check_window(config, window, sink_tokens)
+        check_window(config, window, sink_tokens)
         slots = window + MAX_QUERIES - 1
         return cls._made(config, batch, slots, window, sink_tokens, int8, dtype, device)
 
     @classmethod
     def _made(cls, config, batch, slots, window, sink_tokens, int8, dtype, device) -> KVCache:
         config = resolve_model(config)
-        _check_whole("batch", batch, 0, MAX_POSITION)
+        check_whole("batch", batch, 0, MAX_POSITION)
         if not dtype.is_floating_point:
             raise UserError(f"dtype is {dtype}, but must be that of the model's weights")
         layers = [
@@ -176,7 +180,7 @@ class KVCache:
         window_or_all = block_size if window is None else window
         if sink_tokens is None and isinstance(window_or_all, int):
             sink_tokens = max(0, min(SINK_TOKENS, window_or_all - 1))
-        _check_window(config, window_or_all, sink_tokens)
+        check_window(config, window_or_all, sink_tokens)
         if tokens is None:
             rolls = endless or window is not None
         else:
@@ -388,31 +392,3 @@ class KVCache:
             more > spare and had > first.sink_tokens and had + more > first.capacity
             for had, more in zip(self._lengths, new, strict=True)
         )
-
-
-def past_the_positions(tokens: int, config: GPTConfig) -> str:
-    """What to say of more tokens than there are positions."""
-    return (
-        f"{tokens} tokens, prompt and new ones together, do not fit: the model's {config.position} "
-        f"positions end at {config.block_size}. Ask for fewer, or give cache=none, which computes the "
-        f"last {config.block_size} anew for every token"
-    )
-
-
-def check_options(kind: str, window: int | None, sink_tokens: int | None) -> None:
-    """Raises ``UserError`` for what no model could do."""
-    if kind not in KINDS:
-        raise UserError(f"cache is {not_one_of(kind, KINDS)}")
-    for name, value in (("window", window), ("sink_tokens", sink_tokens)):
-        if value is not None and kind in ("full", "none"):
-            raise UserError(f"{name} is for a cache that rolls, and cache={kind} does not")
-
-
-def _check_whole(name: str, value: object, least: int, most: int, why: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise UserError(f"{name} is {value!r}, but must be in {least} … {most}{why}")
-
-
-def _check_window(config: GPTConfig, window: object, sink_tokens: object) -> None:
-    _check_whole("window", window, 1, config.block_size, ", the model's block_size")
-    _check_whole("sink_tokens", sink_tokens, 0, window - 1, ": less than the window")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from almostgpt.errors import UserError
-from almostgpt.inference.cache import KVCache, past_the_positions
+from almostgpt.inference.cache import KVCache
+from almostgpt.inference.cache_options import past_the_positions
 from almostgpt.inference.sampling import check_sampling, sample
 
 if TYPE_CHECKING:

@@ -285,8 +285,7 @@ class Trainer:
     def _sample(self, step: int) -> str:
         """Text from the model, also written to samples.jsonl; leaves the training's random state alone.
 
-        It never ends a run: where the model's positions end earlier, nothing is cached, and where no
-        text can be made (a forced backend may refuse float32), the text says why.
+        Never ends a run: past the positions it goes without a cache, and where it cannot, it says why.
         """
         tokenizer = self.dataset.tokenizer
         generator = torch.Generator().manual_seed(self.config.seed + step)

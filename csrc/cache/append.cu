@@ -20,7 +20,7 @@ struct AppendArgs {
   Global<const uint64_t> turns;
   Ring ring;
   int pairs, sink_position;
-  int heads, kv_heads, tokens, head_dim;
+  int kv_heads, tokens, head_dim;
   int rows_per_token;  // one row is one head of k, v or q
   int64_t rows;
   int lanes;  // of a row: a power of two
@@ -194,7 +194,7 @@ int append(const AppendInputs& inputs, CacheSlots<void> slots, CacheScales<float
   args.turns = Global<const uint64_t>(inputs.turns);
   args.ring = {shape.capacity, shape.sink_tokens};
   args.pairs = inputs.turns ? inputs.pairs : 0, args.sink_position = inputs.sink_position;
-  args.heads = shape.heads, args.kv_heads = shape.kv_heads, args.tokens = shape.tokens, args.head_dim = shape.head_dim;
+  args.kv_heads = shape.kv_heads, args.tokens = shape.tokens, args.head_dim = shape.head_dim;
   args.rows_per_token = 2 * shape.kv_heads + (inputs.turns ? shape.heads : 0);
   args.rows = int64_t{shape.batch} * shape.tokens * args.rows_per_token;
   const auto start = [&](auto v, auto units) {

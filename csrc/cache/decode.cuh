@@ -30,7 +30,7 @@ struct DecodeArgs {
   SplitSums sums;
   Ring ring;
   int window;
-  int heads, kv_heads, sharing, tokens, head_dim;  // sharing: query heads of a key head
+  int kv_heads, sharing, tokens, head_dim;  // sharing: query heads of a key head
   int row_blocks, splits;
 };
 
@@ -325,7 +325,7 @@ int decode_attention_sm80(const DecodeInputs& inputs, const DecodeScratch& scrat
                  Global<int32_t>(scratch.tickets).as<uint32_t>()};
     args.ring = {shape.capacity, shape.sink_tokens};
     args.window = inputs.window;
-    args.heads = shape.heads, args.kv_heads = shape.kv_heads, args.sharing = shape.heads / shape.kv_heads;
+    args.kv_heads = shape.kv_heads, args.sharing = shape.heads / shape.kv_heads;
     args.tokens = shape.tokens, args.head_dim = shape.head_dim;
     args.row_blocks = plan.row_blocks, args.splits = plan.splits;
     const int64_t blocks = int64_t{shape.batch} * shape.kv_heads * plan.row_blocks * plan.splits;

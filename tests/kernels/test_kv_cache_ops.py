@@ -174,7 +174,8 @@ BAD_FOR_BOTH = [
     (Q, altered(lengths=INTS.to("meta")), {}, "q is on cpu, and lengths on meta"),
     (Q, altered(values=LAYER.values.to("meta")), {}, "q is on cpu, and its values on meta"),
     (Q, altered(keys=LAYER.keys.to("meta")), {}, "q is on cpu, and the cache on meta"),
-    (Q, altered(INT8, key_scales=INT8.key_scales.to("meta")), {}, "q is on cpu, and its scales on meta"),
+    (Q, altered(INT8, key_scales=INT8.key_scales.to("meta")), {}, "and its keys' scales on meta"),
+    (Q, altered(INT8, value_scales=INT8.value_scales.to("meta")), {}, "its values' scales on meta"),
     (Q, altered(lengths=INTS + 8), {}, "3 more tokens after 8 are not within the 10 that the cache has"),
     (Q, altered(lengths=INTS - 1), {}, "3 more tokens after -1 are not"),
     (
