@@ -244,7 +244,7 @@ def test_bad_inputs_of_append_are_named(q, k, v, layer, options, says):
         (Q, LAYER, {"alibi_slopes": torch.ones(2)}, r"alibi_slopes must be \(4,\) floats.*, not \(2,\)"),
         (Q, LAYER, {"alibi_slopes": torch.ones(4).int()}, "alibi_slopes must be .* of torch.int32"),
         (Q, LAYER, {"sink_logits": torch.ones(4, 1)}, r"sink_logits must be \(4,\)"),
-        (Q, LAYER, {"sink_logits": torch.ones(4, device="meta")}, "q is on cpu, and sink_logits on meta"),
+        (Q, LAYER, {"sink_logits": torch.ones(4, device="meta")}, "q is on cpu and sink_logits on meta"),
         (Q, LAYER, {"q_sink": Q.clone().requires_grad_()}, "here a gradient is asked for"),
         (Q, LAYER, {"alibi_slopes": torch.ones(4, requires_grad=True)}, "a gradient is asked for"),
         (Q, LAYER, {"sink_logits": torch.ones(4, requires_grad=True)}, "a gradient is asked for"),
