@@ -31,6 +31,7 @@ from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
+from almostgpt.kernels.sample import SAMPLE, sample
 
 OPS: dict[str, dispatch.Op] = {
     op.name: op
@@ -45,6 +46,7 @@ OPS: dict[str, dispatch.Op] = {
         RELU_SQUARED,
         KV_APPEND,
         DECODE_ATTENTION,
+        SAMPLE,
     )
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "relu_squared",
     "rms_norm",
     "rope",
+    "sample",
     "swiglu",
     "use_backend",
 ]

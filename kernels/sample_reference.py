@@ -1,0 +1,171 @@
+"""What ``sample`` computes, in plain PyTorch: a counter-based generator, thresholds, one argmax.
+
+Nothing here waits for a GPU, and no shape depends on values (but on a CPU, where it saves time), so
+a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from almostgpt.kernels.values import unread
+
+_MASK = 0xFFFFFFFF
+# The multipliers and the steps of the key of Philox4x32, Salmon et al. 2011, section 4.3.
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+# The noise is between −ln(−ln(2^−33)) = −3.13 and −ln(2^−33) = 22.87, so it lifts no token over one
+# whose scaled logit is further above it than this.
+_REACH = 26.1
+
+
+class Options(NamedTuple):
+    """The scalar options of ``sample``; what is None filters nothing."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+class Streams(NamedTuple):
+    """Whose random numbers are drawn: three int64 (B,) that ``sample`` says the meaning of."""
+
+    positions: Tensor
+    seeds: Tensor
+    sequences: Tensor
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor, streams: Streams, options: Options, seen: Tensor | None, logprobs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Draws (B,) int64 of logits (B, V), marks them in ``seen``, and gives their log-probabilities."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = _choose(_penalised(wide, seen, options.repetition_penalty), streams, options)
+    chosen = ids[:, None]
+    if seen is not None:
+        seen.scatter_(1, chosen, True)
+    if not logprobs:
+        return ids, None
+    found = wide.gather(1, chosen) - wide.logsumexp(1, keepdim=True)
+    return ids, found[:, 0].float()
+
+
+def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+    if penalty == 1 or seen is None:
+        return logits
+    return torch.where(
+        seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
+    )
+
+
+def _choose(logits: Tensor, streams: Streams, options: Options) -> Tensor:
+    if options.temperature == 0:
+        return logits.argmax(1)
+    largest, where = logits.max(1, keepdim=True)
+    # From the largest down, so that however low the temperature nothing overflows; the largest are
+    # written as zeros, since of an infinite one the difference is NaN.
+    scaled = (logits - largest).div_(options.temperature).masked_fill_(logits == largest, 0.0)
+    kept = scaled >= lowest_kept(scaled, options).clamp(min=-_REACH)
+    if unread(logits):
+        drawn = (scaled + noise_of_all(scaled.shape[1], streams)).masked_fill_(~kept, -torch.inf)
+    else:  # a CPU has counted them before others would have begun
+        rows, ids = kept.nonzero(as_tuple=True)
+        drawn = torch.full_like(scaled, -torch.inf, dtype=torch.float64)
+        drawn[rows, ids] = scaled[rows, ids] + noise(ids, *(each[rows] for each in streams))
+    # Where the largest is NaN or −inf it is taken itself: the first NaN, or id 0.
+    usual = largest > -torch.inf
+    return torch.where(usual, drawn.argmax(1, keepdim=True), where)[:, 0]
+
+
+# --- thresholds ----------------------------------------------------------------------------------
+
+
+def lowest_kept(scaled: Tensor, options: Options) -> Tensor:
+    """(B, 1): of scaled logits (B, V), the largest of a row being 0, the lowest that all filters keep."""
+    B, V = scaled.shape
+    top_k = None if options.top_k is None or options.top_k >= V else options.top_k
+    lowest = scaled.new_full((B, 1), -torch.inf)
+    if options.top_p is not None and options.top_p < 1:
+        # Of the k largest, or of all.
+        ordered = scaled.sort(1, descending=True).values if top_k is None else _top(scaled, top_k)
+        masses = ordered.exp().cumsum(1)
+        total = masses[:, -1:]
+        if top_k is not None:  # with all that equal the last of them
+            last = ordered[:, -1:]
+            total = total + last.exp() * ((scaled >= last).sum(1, keepdim=True) - top_k)
+        # The first that reaches the share, or else the last.
+        first = (masses < options.top_p * total).sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
+        lowest = ordered.gather(1, first)
+    elif top_k is not None:
+        lowest = _top(scaled, top_k)[:, -1:]
+    if options.min_p:
+        lowest = lowest.clamp(min=math.log(options.min_p))
+    return lowest
+
+
+def _top(scaled: Tensor, k: int) -> Tensor:
+    """(B, k): the k largest, in descending order."""
+    return scaled.topk(k, dim=1).values
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+def noise(ids: Tensor, positions: Tensor, seeds: Tensor, sequences: Tensor) -> Tensor:
+    """Gumbel noise, float64, of token ids, each of the sequence beside it; all int64 of one shape."""
+    words = torch.stack(_words(ids >> 2, positions, seeds, sequences), -1)
+    return gumbel(words.gather(-1, (ids & 3).unsqueeze(-1)).squeeze(-1))
+
+
+def noise_of_all(V: int, streams: Streams) -> Tensor:
+    """(B, V) float64: the noise of every token id, four of a block of the generator."""
+    blocks = torch.arange(-(-V // 4), device=streams.positions.device)
+    words = _words(blocks, *(each[:, None] for each in streams))
+    return gumbel(torch.stack(words, -1).flatten(1)[:, :V])
+
+
+def gumbel(word: Tensor) -> Tensor:
+    """−ln(−ln(1 − v)) in float64, v = (word + ½)/2³² of a 32-bit word in int64.
+
+    It is the small −ln(1 − v) that decide, and log1p is exact there.
+    """
+    v = (word.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-v))
+
+
+def _words(blocks: Tensor, positions: Tensor, seeds: Tensor, sequences: Tensor):
+    counter = (blocks, positions & _MASK, *_halves(sequences))
+    return philox(counter, _halves(seeds))
+
+
+def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower and the upper 32 bits of int64."""
+    return value & _MASK, value >> 32 & _MASK
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: 128 random bits of a counter under a key, as 32-bit words in int64.
+
+    Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    """
+    a, b, c, d = counter
+    k, m = key
+    for _ in range(_ROUNDS):
+        # The product of two 32-bit words wraps around at 2^64, and a shift fills with the sign: of
+        # both halves the mask leaves what is right.
+        left, right = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b = right >> 32 & _MASK ^ b ^ k, right & _MASK
+        c, d = left >> 32 & _MASK ^ d ^ m, left & _MASK
+        k, m = k + _WEYL[0] & _MASK, m + _WEYL[1] & _MASK
+    return a, b, c, d
