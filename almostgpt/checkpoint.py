@@ -29,13 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from almostgpt.config import Config, resolve
+from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import load_config, to_yaml
 from almostgpt.data.tokenizer import Tokenizer, load_tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.files import fsync_folder, sha256_of, write_text
 from almostgpt.model import GPT
+from almostgpt.model.quantized import quantize as quantized
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer.json"
 CONFIG, TOKENIZER, MANIFEST = "config.yaml", "tokenizer", "manifest.json"
@@ -81,13 +82,7 @@ def save(
         _write_tensors(temporary / OPTIMIZER, optimizer)
         write_text(temporary / STATE, json.dumps(state, indent=1))
         write_text(temporary / CONFIG, to_yaml(config))
-        tokenizer.save(temporary / TOKENIZER)
-        write_text(temporary / MANIFEST, json.dumps(_manifest(temporary), indent=1))
-        fsync_folder(temporary)
-        if final.exists():  # only a damaged one: a whole one would have been resumed from
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        fsync_folder(parent)
+        _finish(temporary, final, tokenizer)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -96,6 +91,43 @@ def save(
     for old in up_to_this[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def export(folder: Path, model: GPT, tokenizer: Tokenizer, config: Config) -> None:
+    """Writes a model without what training needs: a folder that ``load`` reads, and resuming does not.
+
+    Args:
+        folder: it must not exist; it appears when it is whole.
+        config: of the run that the model comes from; the model's own shape takes the place of its.
+
+    Raises:
+        UserError: the folder exists.
+        OSError: it cannot be written (a full disk, say); nothing is left of it then.
+    """
+    if folder.exists():
+        raise UserError(f"{folder}: already exists")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        _write_tensors(temporary / MODEL, model.state_dict())
+        write_text(temporary / CONFIG, to_yaml(overlay(config, {"model": model.config})))
+        _finish(temporary, folder, tokenizer)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _finish(temporary: Path, final: Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer, the manifest, and the name under which it is found."""
+    tokenizer.save(temporary / TOKENIZER)
+    write_text(temporary / MANIFEST, json.dumps(_manifest(temporary), indent=1))
+    fsync_folder(temporary)
+    if final.exists():  # only a damaged one: a whole one would have been resumed from
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -123,8 +155,12 @@ def _checkpoint_folders(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir())
 
 
-def damage(folder: Path) -> str | None:
-    """Why ``folder`` is no whole checkpoint; ``None`` if it is one."""
+def damage(folder: Path, *, resumable: bool = True) -> str | None:
+    """Why ``folder`` is no whole checkpoint; ``None`` if it is one.
+
+    Args:
+        resumable: whether it must hold what training needs to go on, beside the model.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, expected in manifest.items():
@@ -135,7 +171,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
             if sha256_of(file) != expected["sha256"]:
                 return f"the checksum of {name} is wrong"
-        missing = [n for n in (MODEL, OPTIMIZER, STATE, CONFIG) if n not in manifest]
+        needed = (MODEL, CONFIG, *((OPTIMIZER, STATE) if resumable else ()))
+        missing = [name for name in needed if name not in manifest]
         return f"{MANIFEST} does not list {missing[0]}" if missing else None
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -171,7 +208,7 @@ def find(run_or_checkpoint: str | Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run folder or a checkpoint folder")
     if (folder / MANIFEST).exists() or folder.name.startswith("step-"):
-        reason = damage(folder)
+        reason = damage(folder, resumable=False)
         if reason is not None:
             raise UserError(
                 f"{folder}: the checkpoint is damaged ({reason}); give the run folder to use another"
@@ -197,12 +234,17 @@ def read(folder: Path, device: torch.device | str = "cpu") -> Checkpoint:
 
 
 def load(
-    run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
+    run_or_checkpoint: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    quantize: str = "none",
 ) -> tuple[GPT, Tokenizer]:
     """A trained model, in evaluation mode, and its tokenizer.
 
     Args:
         run_or_checkpoint: a run folder (its newest whole checkpoint) or one checkpoint folder.
+        quantize: ``"int8"``: with matrices in 8 bits (``almostgpt.model.quantized``). One that was
+            stored quantised is so whatever this says.
 
     Raises:
         UserError: nothing there, or damaged.
@@ -211,7 +253,8 @@ def load(
     config = resolve(load_config(folder / CONFIG))
     model = GPT(config.model)
     load_weights(model, load_file(folder / MODEL), folder)
-    return model.to(pick_device(str(device))).eval(), load_tokenizer(folder / TOKENIZER)
+    model = quantized(model.to(pick_device(str(device))), quantize).eval()
+    return model, load_tokenizer(folder / TOKENIZER)
 
 
 def load_weights(model: GPT, weights: Mapping[str, Tensor], source: Path) -> None:

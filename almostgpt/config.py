@@ -48,6 +48,7 @@ class GPTConfig:
     feedforward: str = "swiglu"  # gelu | gelu_tanh | relu2 | swiglu
     position: str = "rope"  # learned | sinusoidal | rope
     attention: str = "full"  # full
+    quantize: str = "none"  # none | int8: matrices in 8 bits, for inference alone
 
     @property
     def padded_vocab_size(self) -> int:

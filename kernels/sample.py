@@ -34,7 +34,6 @@ from torch import Tensor
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import sample_reference
-from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.sample_reference import Options, Streams
 

@@ -62,9 +62,7 @@ def sample(
 def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
     if penalty == 1 or seen is None:
         return logits
-    return torch.where(
-        seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
-    )
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def _choose(logits: Tensor, streams: Streams, options: Options) -> Tensor:

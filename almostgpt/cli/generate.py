@@ -2,224 +2,254 @@
 
 from __future__ import annotations
 
-import codecs
 import io
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from almostgpt import checkpoint
 from almostgpt.cli.arguments import parse
-from almostgpt.config import MAX_SEED
+from almostgpt.cli.interactive import converse
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
 from almostgpt.inference.cache_options import check_options
-from almostgpt.inference.generate import feed, stream
-from almostgpt.inference.sampling import check_sampling
+from almostgpt.inference.chat import Conversation
+from almostgpt.inference.decoder import feed
+from almostgpt.inference.sampling import Sampling, seed_or_new
+from almostgpt.inference.text import Completion, TextStream, check_stop
 from almostgpt.model import GPT
 
-DESCRIPTION = """Continues a prompt with a trained model. The text goes to stdout, remarks to stderr.
+DESCRIPTION = """Continues prompts with a trained model. The text goes to stdout, remarks to stderr.
 
 examples:
   almostgpt generate --checkpoint runs/quickstart --prompt "def "
-  almostgpt generate --checkpoint runs/quickstart --prompt "class " --temperature 0
+  almostgpt generate --checkpoint runs/quickstart --prompt "class " --temperature 0 --stop "def " "class "
+  almostgpt generate --checkpoint runs/quickstart --prompt "def " "class " "import " --json
+  almostgpt generate --checkpoint runs/quickstart --prompt-file prompts.txt --batch-size 16 --json
   almostgpt generate --checkpoint runs/quickstart/checkpoints/step-00000500 --num-samples 3 --seed 1
   almostgpt generate --checkpoint runs/quickstart --interactive      (quit ends it, clear forgets)
-  almostgpt generate --checkpoint runs/quickstart --max-tokens 5000 --cache rolling --window 128"""
+  almostgpt generate --checkpoint runs/quickstart --max-tokens 5000 --cache rolling --window 128
+  almostgpt generate --checkpoint runs/quickstart --quantize int8"""
 
 
 @dataclass(frozen=True)
 class GenerateArguments:
     checkpoint: Path  # a run folder (its newest whole checkpoint) or one checkpoint folder
-    prompt: str = ""  # text to continue; an empty one starts from a random token
-    max_tokens: int = 100  # tokens to add
+    prompt: tuple[str, ...] = ("",)  # texts to continue; an empty one begins a new text
+    prompt_file: Path | None = None  # more of them, one a line
+    max_tokens: int = 100  # tokens to add to each
     temperature: float = 0.8  # 0 is greedy
     top_k: int | None = 200  # draw from the k most likely tokens; null: all
     top_p: float | None = 0.9  # draw from the fewest tokens with this probability; null: all
+    min_p: float | None = None  # draw from tokens this likely, relative to the likeliest; null: all
+    repetition_penalty: float = 1.0  # above 1: tokens that the text has already come less often
     seed: int | None = None  # repeats the same text; null draws a new one each time
-    num_samples: int = 1  # texts to make
+    sequence: int = 0  # number of the first text; the next ones count on. Each has its own draws
+    num_samples: int = 1  # texts to make of each prompt
+    stop: tuple[str, ...] = ()  # end a text before the first of these strings
+    stop_ids: tuple[int, ...] = ()  # end a text at the first of these tokens
+    past_the_end: bool = False  # go on where the model draws its end-of-text token
+    json: bool = False  # one JSON object a text, each in a line, instead of the text
+    logprobs: bool = False  # in JSON, the log-probability of each new token
+    batch_size: int = 8  # texts made at the same time, with several prompts or JSON
     interactive: bool = False  # read prompts in turn; each continues the conversation so far
     cache: str = (
         "auto"  # auto (full, or rolling for more than a window) | full | rolling | int8 | none
     )
     window: int | None = None  # of a rolling cache: tokens that each one sees; null: block_size
     sink_tokens: int | None = None  # of them, from the very beginning of the text; null: 4
+    quantize: str = "none"  # none | int8: linear layers in 8 bits, less to read for every token
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
 
 
 def run(arguments: list[str]) -> int:
     given = parse(GenerateArguments, arguments, prog="almostgpt generate", description=DESCRIPTION)
-    check_sampling(given.temperature, given.top_k, given.top_p, given.seed)
-    check_options(given.cache, given.window, given.sink_tokens)
+    _check(given)
+    prompts = _prompts(given)
+    seed = seed_or_new(given.seed)
     for terminal in (sys.stdin, sys.stdout):  # a character that it cannot show ends nothing
         if isinstance(terminal, io.TextIOWrapper):
             terminal.reconfigure(errors="replace")
-    if given.num_samples < 1 or given.max_tokens < 0:
-        raise UserError("--num-samples must be at least 1, --max-tokens at least 0")
-    device = pick_device(given.device)
-    model, tokenizer = checkpoint.load(given.checkpoint, device)
+    model, tokenizer = checkpoint.load(
+        given.checkpoint, pick_device(given.device), quantize=given.quantize
+    )
     if given.interactive:
-        _converse(model, tokenizer, given)
-        return 0
-    ids = tokenizer.encode(given.prompt)
-    cache = _cache(model, given, len(ids) + given.max_tokens) if _shared(ids, given) else None
-    if cache is not None:  # all but the last, which each sample feeds to draw its first token from
-        feed(model, _row(ids[:-1], model), cache)
-    for number in range(given.num_samples):
-        if given.num_samples > 1:
-            print(f"--- sample {number + 1}", file=sys.stderr)
-        seed = _seed(given.seed, number)
-        start = ids or _random_start(tokenizer, seed)
-        own = None if cache is None else cache.fork(1)
-        new = _stream(model, tokenizer, start, given, seed, own)
-        _write(given.prompt)
-        _show(tokenizer, new, seed, shown_first=() if ids else start)
-        _write("\n")
+        converse(_conversation(model, tokenizer, given), prompts[0], _write)
+    elif given.json or len(prompts) > 1:
+        _batches(model, tokenizer, given, prompts, seed)
+    else:
+        _samples(model, tokenizer, given, prompts[0], seed)
     return 0
 
 
-def _shared(ids: list[int], given: GenerateArguments) -> bool:
-    """Whether several samples have something of a prompt to be computed once."""
-    return given.num_samples > 1 and given.max_tokens > 0 and len(ids) > 1
+def _check(given: GenerateArguments) -> None:
+    """What can be said before the model is loaded."""
+    _sampling(given)
+    check_options(given.cache, given.window, given.sink_tokens)
+    check_stop(given.stop)
+    if given.num_samples < 1 or given.max_tokens < 0 or given.batch_size < 1:
+        raise UserError(
+            "--num-samples and --batch-size must be at least 1, --max-tokens at least 0"
+        )
+    if not 0 <= given.sequence < 2**63:
+        raise UserError(f"--sequence is {given.sequence}, but must be in 0 … {2**63 - 1}")
+    if given.logprobs and not given.json:
+        raise UserError("--logprobs is for --json")
+    if given.interactive and (given.json or given.num_samples > 1 or given.prompt_file):
+        raise UserError("--interactive goes with neither --json, --num-samples nor --prompt-file")
+    if given.interactive and len(given.prompt) > 1:
+        raise UserError("--interactive takes one --prompt to begin with")
 
 
-def _converse(model: GPT, tokenizer: Tokenizer, given: GenerateArguments) -> None:
-    """Reads a line, answers, and keeps both as the context of the next one.
-
-    The cache stays from turn to turn, so that each feeds only what is new.
-    """
-    print("a prompt a line; `clear` forgets what was said, `quit` ends", file=sys.stderr)
-    history: list[int] = []
-    cache = _cache(model, given, None)
-    turn = 0
-    prompt = given.prompt
-    while True:
-        if not prompt:
-            try:
-                print("> ", end="", file=sys.stderr, flush=True)
-                prompt = input()
-            except EOFError:
-                return
-        if prompt.strip() == "quit":
-            return
-        if prompt.strip() == "clear":
-            history = []
-            if cache is not None:
-                cache.reset()
-        else:
-            seed = _seed(given.seed, turn)
-            answer = _answer(model, tokenizer, history, prompt, given, seed, cache)
-            if answer is not None:
-                history = answer
-                turn += 1
-        prompt = ""
-
-
-def _answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    history: list[int],
-    prompt: str,
-    given: GenerateArguments,
-    seed: int,
-    cache: KVCache | None,
-) -> list[int] | None:
-    """Writes prompt and answer; returns all tokens so far, or None where there was an error to tell."""
+def _prompts(given: GenerateArguments) -> list[str]:
+    if given.prompt_file is None:
+        return list(given.prompt)
     try:
-        ids = history + tokenizer.encode(prompt) or _random_start(tokenizer, seed)
-    except UserError as error:  # a character the model has never seen
-        print(f"error: {error}", file=sys.stderr)
-        return None
-    try:
-        new = _stream(model, tokenizer, ids, given, seed, cache)
-    except UserError as error:  # no room
-        print(f"error: {error}{'; `clear` starts anew' if history else ''}", file=sys.stderr)
-        return None
-    _write(prompt)
-    history = ids + _show(tokenizer, new, seed)
-    _write("\n")
-    return history
+        lines = given.prompt_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{given.prompt_file}: not a text in UTF-8: {error}") from error
+    prompts = [prompt for prompt in given.prompt if prompt] + [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"{given.prompt_file}: no line with a prompt")
+    return prompts
 
 
-def _cache(model: GPT, given: GenerateArguments, tokens: int | None) -> KVCache | None:
-    return KVCache.for_model(model, 1, given.cache, tokens, given.window, given.sink_tokens)
-
-
-def _row(ids: list[int], model: GPT) -> Tensor:
-    return torch.tensor([ids], device=model.token_embedding.weight.device)
-
-
-def _stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    given: GenerateArguments,
-    seed: int,
-    cache: KVCache | None,
-) -> Iterator[Tensor]:
-    """The tokens that continue ``ids``; what cannot be is an error now, before any is drawn."""
-    options = {"cache": given.cache, "window": given.window, "sink_tokens": given.sink_tokens}
-    return stream(
-        model,
-        _row(ids, model),
-        given.max_tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        seed=seed,
-        vocab_size=tokenizer.vocab_size,
-        **(options if cache is None else {"cache": cache}),
+def _sampling(given: GenerateArguments) -> Sampling:
+    return Sampling(
+        given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p
     )
 
 
-def _show(
-    tokenizer: Tokenizer, drawn: Iterable[Tensor], seed: int, shown_first: Iterable[int] = ()
-) -> list[int]:
-    """Writes tokens as they are drawn; returns them."""
-    started = time.perf_counter()
-    new: list[int] = []
+def _stop_ids(tokenizer: Tokenizer, given: GenerateArguments) -> tuple[int, ...]:
+    if given.past_the_end or tokenizer.end_of_text is None:
+        return given.stop_ids
+    return (*given.stop_ids, tokenizer.end_of_text)
 
-    def tokens() -> Iterator[int]:
-        yield from shown_first
-        for token in drawn:
-            new.append(int(token))
-            yield new[-1]
 
-    for text in decode_stream(tokenizer, tokens()):
-        _write(text)
-    seconds = time.perf_counter() - started
-    if new:
-        sys.stdout.flush()
+def _conversation(model: GPT, tokenizer: Tokenizer, given: GenerateArguments) -> Conversation:
+    return Conversation(
+        model,
+        tokenizer,
+        given.max_tokens,
+        _sampling(given),
+        seed=given.seed,
+        stop=given.stop,
+        stop_ids=_stop_ids(tokenizer, given),
+        cache=given.cache,
+        window=given.window,
+        sink_tokens=given.sink_tokens,
+    )
+
+
+def _texts(model, tokenizer, given, prompts: list[str], seed: int, first: int, **cache):
+    """A stream of the texts that continue prompts; what cannot be is an error now."""
+    options = {"cache": given.cache, "window": given.window, "sink_tokens": given.sink_tokens}
+    return TextStream(
+        model,
+        tokenizer,
+        prompts,
+        given.max_tokens,
+        stop=given.stop,
+        stop_ids=_stop_ids(tokenizer, given),
+        seed=seed,
+        sequences=range(first, first + len(prompts)),
+        logprobs=given.logprobs,
+        **vars(_sampling(given)),
+        **(cache or options),
+    )
+
+
+# ---------------------------------------------------------------- one prompt, streamed
+
+
+def _samples(
+    model: GPT, tokenizer: Tokenizer, given: GenerateArguments, prompt: str, seed: int
+) -> None:
+    """Texts of one prompt, one after the other; what they share of it is computed once."""
+    cache = _shared_cache(model, tokenizer, given, prompt)
+    for number in range(given.num_samples):
+        if given.num_samples > 1:
+            print(f"--- sample {number + 1}", file=sys.stderr)
+        own = {} if cache is None else {"cache": cache.fork(1)}
+        sequence = given.sequence + number
+        started = time.perf_counter()
+        texts = _texts(model, tokenizer, given, [prompt], seed, sequence, **own)
+        _write(prompt)
+        first = None
+        for _, text in texts:
+            first = first or time.perf_counter() - started
+            _write(text)
+        seconds = time.perf_counter() - started
+        _write("\n")
+        _remark(texts.completions[0], seconds, first, seed, sequence)
+
+
+def _shared_cache(
+    model: GPT, tokenizer: Tokenizer, given: GenerateArguments, prompt: str
+) -> KVCache | None:
+    """A cache of the prompt, where several samples have something of it to be computed once."""
+    ids = tokenizer.encode(prompt)
+    if given.num_samples == 1 or given.max_tokens == 0 or len(ids) < 2:
+        return None
+    tokens = len(ids) + given.max_tokens
+    cache = KVCache.for_model(model, 1, given.cache, tokens, given.window, given.sink_tokens)
+    if cache is not None:  # all but the last, which each sample feeds to draw its first token from
+        feed(model, torch.tensor([ids[:-1]], device=model.device), cache)
+    return cache
+
+
+def _remark(completion: Completion, seconds: float, first: float | None, seed: int, sequence: int):
+    tokens = len(completion.ids)
+    if not tokens:
+        return
+    stopped = f", stopped by {completion.stopped_by!r}" if completion.finish == "stop" else ""
+    began = "" if first is None else f", the first after {first:.2f} s"
+    number = f", sequence {sequence}" if sequence else ""
+    print(
+        f"[{tokens} tokens, {tokens / seconds:.1f} tokens/s{began}, seed {seed}{number}{stopped}]",
+        file=sys.stderr,
+    )
+
+
+# ---------------------------------------------------------------- many, in batches
+
+
+def _batches(
+    model: GPT, tokenizer: Tokenizer, given: GenerateArguments, prompts: list[str], seed: int
+) -> None:
+    """Texts of all prompts, side by side; each is written when its batch is done."""
+    prompts = [prompt for prompt in prompts for _ in range(given.num_samples)]
+    for number in range(0, len(prompts), given.batch_size):
+        batch = prompts[number : number + given.batch_size]
+        first = given.sequence + number
+        started = time.perf_counter()
+        texts = _texts(model, tokenizer, given, batch, seed, first)
+        for done, sequence in zip(texts.run(), range(first, first + len(batch)), strict=True):
+            if given.json:
+                _write(json.dumps(_record(done, seed, sequence), ensure_ascii=False) + "\n")
+            else:
+                print(f"--- text {sequence - given.sequence + 1}", file=sys.stderr)
+                _write(f"{done.prompt}{done.text}\n")
+        seconds = time.perf_counter() - started
+        tokens = sum(len(completion.ids) for completion in texts.completions)
         print(
-            f"\n[{len(new)} tokens, {len(new) / seconds:.1f} tokens/s, seed {seed}]",
+            f"[{first + len(batch) - given.sequence} of {len(prompts)} texts, {tokens} tokens, "
+            f"{tokens / seconds:.1f} tokens/s, seed {seed}]",
             file=sys.stderr,
         )
-    return new
 
 
-def decode_stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Text as soon as it is certain: a character whose bytes span tokens comes out whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in ids:
-        yield decoder.decode(tokenizer.decode_bytes([token]))
-    yield decoder.decode(b"", final=True)
-
-
-def _random_start(tokenizer: Tokenizer, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(tokenizer.vocab_size, (1,), generator=generator).tolist()
-
-
-def _seed(seed: int | None, number: int) -> int:
-    """The seed of the sample ``number``: each sample differs, and each can be repeated."""
-    return torch.seed() % 2**31 if seed is None else (seed + number) % (MAX_SEED + 1)
+def _record(completion: Completion, seed: int, sequence: int) -> dict:
+    record = {**asdict(completion), "seed": seed, "sequence": sequence}
+    if completion.logprobs is None:
+        del record["logprobs"]
+    return record
 
 
 def _write(text: str) -> None:

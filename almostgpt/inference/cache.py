@@ -185,11 +185,10 @@ class KVCache:
             rolls = endless or window is not None
         else:
             rolls = tokens > window_or_all
-        weight = model.token_embedding.weight
-        dtype, place = weight.dtype, weight.device.type
+        dtype, place = model.dtype, model.device.type
         if torch.is_autocast_enabled(place):  # what queries and keys come in
             dtype = torch.get_autocast_dtype(place)
-        options = {"int8": kind == "int8", "dtype": dtype, "device": weight.device}
+        options = {"int8": kind == "int8", "dtype": dtype, "device": model.device}
         if kind == "full" or (kind != "rolling" and not rolls):
             capacity = block_size if tokens is None else max(1, tokens)
             return cls.full(config, batch, capacity, **options)
@@ -345,6 +344,17 @@ class KVCache:
         self._lengths = [had + new for had, new in zip(self._lengths, self._new, strict=True)]
         self.device_lengths.add_(self._tokens if self._new_lengths is None else self._new_lengths)
         self._finish()
+
+    def repeat(self, tokens: int) -> None:
+        """Counts, on the host, tokens of a forward pass that a captured graph is about to repeat.
+
+        The graph itself stores them and counts them on the device.
+
+        Raises:
+            UserError: no room for them.
+        """
+        self._check_room([tokens] * len(self._lengths))
+        self._lengths = [had + tokens for had in self._lengths]
 
     def _finish(self) -> None:
         """No forward pass is under way."""

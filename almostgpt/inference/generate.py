@@ -1,9 +1,8 @@
-"""The decoding loop."""
+"""The decoding loop: token ids in, token ids out. ``text.py`` is the same for text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,135 +11,184 @@ from torch import Tensor
 from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
 from almostgpt.inference.cache_options import past_the_positions
-from almostgpt.inference.sampling import check_sampling, sample
+from almostgpt.inference.decoder import Decoder, Drawn, cuda_graph
+from almostgpt.inference.ended import Ended
+from almostgpt.inference.prompts import Prompts, as_texts
+from almostgpt.inference.sampling import Sampling, check_stop_ids, seed_or_new
 
 if TYPE_CHECKING:
     from almostgpt.model import GPT
 
 
-def generate(model: GPT, ids: Tensor, max_new_tokens: int, **options) -> Tensor:
-    """Continues ids: (B, T) int64 by ``max_new_tokens`` → (B, T + max_new_tokens).
+def generate(
+    model: GPT, prompts: Prompts, max_new_tokens: int, *, logprobs: bool = False, **options
+) -> Tensor | list[Tensor] | tuple:
+    """Continues prompts by ``max_new_tokens``, or until a stop id.
 
-    Options are those of :func:`stream`.
+    Args:
+        prompts: (B, T) int64; or B texts of any lengths, each (T,) int64 or a list of ids.
+        logprobs: return those of the new tokens, too.
+        **options: those of :func:`stream`.
+
+    Returns:
+        (B, T + max_new_tokens) int64. Of a list of texts, or with ``stop_ids``, a list of B tensors,
+        each the prompt and what follows it, a stop id included. With ``logprobs`` a pair: that, and
+        (B, max_new_tokens) float32, or a list of B tensors (new tokens,).
     """
-    return torch.cat(
-        [ids, *(new.unsqueeze(1) for new in stream(model, ids, max_new_tokens, **options))], 1
-    )
+    drawn = list(stream(model, prompts, max_new_tokens, logprobs=logprobs, **options))
+    texts = as_texts(prompts, model.config.vocab_size, model.device)
+    new = _side_by_side([step.ids for step in drawn], texts, torch.int64)
+    scores = _side_by_side([step.logprobs for step in drawn], texts, torch.float32)
+    if isinstance(prompts, Tensor) and not options.get("stop_ids"):
+        ids = torch.cat([prompts.to(new.device), new], dim=1)
+        return (ids, scores) if logprobs else ids
+    lengths = (new >= 0).sum(1).tolist()  # ended sequences have −1, and nothing after it
+    ids = [torch.cat([text, row[:n]]) for text, row, n in zip(texts, new, lengths, strict=True)]
+    if not logprobs:
+        return ids
+    return ids, [row[:n] for row, n in zip(scores, lengths, strict=True)]
 
 
 def stream(
     model: GPT,
-    ids: Tensor,
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
+    sequences: Sequence[int] | None = None,
+    stop_ids: Sequence[int] = (),
+    logprobs: bool = False,
     cache: str | KVCache = "auto",
     window: int | None = None,
     sink_tokens: int | None = None,
     vocab_size: int | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next id of every sequence, (B,) int64, as soon as it is drawn.
+    graph: bool = True,
+) -> Iterator[Drawn]:
+    """Yields the next token of every sequence, ``.ids`` (B,) int64, as soon as it is drawn.
 
-    Each step feeds the model what its cache has not had: the prompt, whole, however long it is, then
-    one token at a time. Within ``block_size`` tokens every cache but int8 and one with a smaller
-    window gives what none at all gives.
+    Each step feeds the model what its cache has not had: the prompts, whole, however long they are,
+    then one token at a time. Within ``block_size`` tokens every cache but int8 and one with a smaller
+    window gives what none at all gives. On a GPU a step is replayed as one CUDA graph, and nothing
+    waits for it but who looks at what is yielded.
 
     Args:
-        temperature: 0 is greedy; above, logits are divided by it.
-        top_k, top_p: see :func:`almostgpt.inference.sampling.sample`.
-        seed: makes the draws repeatable; ``None`` draws from torch's global generator.
+        prompts: (B, T) int64; or B texts of any lengths, each (T,) int64 or a list of ids.
+        temperature, top_k, top_p, min_p, repetition_penalty: see
+            :class:`almostgpt.inference.sampling.Sampling`; temperature 0 is greedy.
+        seed: makes the draws repeatable; ``None`` draws a seed from torch's global generator.
+        sequences: B numbers, by default 0, 1, …: a draw depends on the seed, the number of its
+            sequence and its position, so a text comes out the same whatever else is in the batch.
+        stop_ids: a sequence ends with the first of these that it draws: ``.ids`` of it are −1 from
+            then on. All have ended: nothing more is yielded.
+        logprobs: yield ``.logprobs`` too, see :class:`almostgpt.inference.decoder.Drawn`.
         cache: where keys and values are kept.
             ``"auto"``: full while prompt and new tokens fit into the window, rolling otherwise.
             ``"full"``: all of them, up to ``block_size``.
             ``"rolling"``: the first ``sink_tokens`` and the last ones, ``window`` in all; never ends.
             ``"int8"``: as auto, in 8 bits.
             ``"none"``: nowhere; every step recomputes the last ``block_size`` tokens from position 0.
-            A ``KVCache`` holds the first ``cache.length`` tokens of ``ids`` already: the rest is fed,
-            and it is left with all tokens but the last one drawn.
+            A ``KVCache`` holds the first ``cache.length`` tokens of each prompt already: the rest is
+            fed, and it is left with all tokens but the last one drawn.
         window: at most ``block_size``, the default.
         sink_tokens: less than the window; default 4.
         vocab_size: draw ids below this alone, where the model has more than its tokenizer.
+        graph: false: launch every kernel of every step anew, where hooks of the model must run.
 
     Raises:
         UserError: at once, no token to start from, an id out of the vocabulary, impossible options,
             more tokens than the cache holds or the model has positions for (learned and sinusoidal
             ones end at ``block_size``).
     """
-    check_sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    seed = seed_or_new(seed)
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be 0 or above")
-    _check_ids(ids, model.config.vocab_size)
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    tokens = ids.shape[1] + max_new_tokens if max_new_tokens else 0
+    config, device = model.config, model.device
+    texts = as_texts(prompts, config.vocab_size, device)
+    sequences = checked_sequences(sequences, len(texts))
+    stop_ids = check_stop_ids(stop_ids, vocab_size or config.vocab_size)
+    lengths = [len(text) for text in texts]
+    tokens = max(lengths, default=0) + max_new_tokens if max_new_tokens else 0
+    cached = 0
     if isinstance(cache, KVCache):
-        _check_given(cache, model, ids, tokens, window, sink_tokens)
-        unseen = ids[:, cache.length :]
+        check_given(cache, model, lengths, tokens, window, sink_tokens)
+        cached = cache.length
     else:
-        cache = KVCache.for_model(model, ids.shape[0], cache, tokens, window, sink_tokens)
-        unseen = ids if cache is not None else ids[:, -model.config.block_size :]
-    return _steps(model, unseen, max_new_tokens, draw, cache, vocab_size)
+        cache = KVCache.for_model(model, len(texts), cache, tokens, window, sink_tokens)
+    decoder = Decoder(
+        model,
+        cache,
+        sampling,
+        seed=seed,
+        sequences=sequences,
+        logprobs=logprobs,
+        vocab_size=vocab_size,
+        capture=cuda_graph if graph and device.type == "cuda" else None,
+    )
+    return _steps(decoder, texts, cached, max_new_tokens, stop_ids)
 
 
 def _steps(
-    model: GPT,
-    unseen: Tensor,
-    max_new_tokens: int,
-    draw: Callable[[Tensor], Tensor],
-    cache: KVCache | None,
-    vocab_size: int | None,
-) -> Iterator[Tensor]:
-    for _ in range(max_new_tokens):
-        new = draw(feed(model, unseen, cache)[:, :vocab_size])
-        yield new
-        if cache is None:
-            unseen = torch.cat([unseen, new[:, None]], dim=1)[:, -model.config.block_size :]
-        else:
-            unseen = new[:, None]
+    decoder: Decoder, texts: list[Tensor], cached: int, steps: int, stop_ids: tuple[int, ...]
+) -> Iterator[Drawn]:
+    if not texts:
+        return
+    ended = Ended(stop_ids, len(texts), decoder.ids.device)
+    for number in range(steps):
+        drawn = decoder.step() if number else decoder.begin(texts, cached)
+        yield ended.masked(drawn)
+        if ended.all():
+            return
 
 
-@torch.no_grad()
-def feed(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-    """The logits after ids: (B, T) → (B, vocab_size); the tokens are appended to the cache.
-
-    In evaluation mode whatever mode the caller's model is in.
-    """
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        logits, _ = model(ids, cache=cache)
-    finally:
-        if was_training:
-            model.train()
-    return logits[:, -1]
+def _side_by_side(rows: list[Tensor | None], texts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if not rows or rows[0] is None:
+        device = texts[0].device if texts else None
+        return torch.zeros(len(texts), 0, dtype=dtype, device=device)
+    return torch.stack(rows, dim=1)
 
 
-def _check_given(
+def checked_sequences(sequences: Sequence[int] | None, B: int) -> list[int]:
+    """B whole numbers of 64 bits; ``UserError`` for anything else."""
+    if sequences is None:
+        return list(range(B))
+    numbers = [n for n in sequences if isinstance(n, int) and 0 <= n < 2**63]
+    if len(numbers) != len(list(sequences)) or len(numbers) != B:
+        raise UserError(f"sequences must be {B} whole numbers from 0 on, not {sequences!r}")
+    return numbers
+
+
+def check_given(
     cache: KVCache,
     model: GPT,
-    ids: Tensor,
+    lengths: Sequence[int],
     tokens: int,
     window: int | None,
     sink_tokens: int | None,
 ) -> None:
-    """Whether a cache that the caller made holds the first tokens of ids, with room for the others."""
+    """Whether a cache that the caller made holds the first tokens of texts, with room for the others.
+
+    Args:
+        lengths: of the texts.
+        tokens: of the longest one at the end; 0: nothing is to be drawn.
+    """
     if window is not None or sink_tokens is not None:
         raise UserError("window and sink_tokens are those of the cache given: leave them out")
     cache.check_model(model.config)
-    B, T = ids.shape
-    if len(cache.lengths) != B or len(set(cache.lengths)) > 1:
+    if len(cache.lengths) != len(lengths) or len(set(cache.lengths)) > 1:
         raise UserError(
-            f"the cache holds sequences of {list(cache.lengths)} tokens; for ids of {(B, T)} there must "
-            f"be {B}, all of one length"
+            f"the cache holds sequences of {list(cache.lengths)} tokens; for {len(lengths)} prompts "
+            f"there must be {len(lengths)}, all of one length"
         )
-    if tokens and cache.length >= T:
+    if tokens and lengths and cache.length >= min(lengths):
         raise UserError(
-            f"the cache holds {cache.length} tokens, but ids have {T}: give the cached ones and at "
-            "least 1 new one"
+            f"the cache holds {cache.length} tokens, but a prompt has {min(lengths)}: give the cached "
+            "ones and at least 1 new one"
         )
     if tokens > cache.end:
         raise UserError(
@@ -148,17 +196,3 @@ def _check_given(
         )
     if not model.position.endless and tokens > model.config.block_size:
         raise UserError(past_the_positions(tokens, model.config))
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise UserError(
-            f"generation starts from ids of the shape (batch, at least 1 token), not {tuple(ids.shape)}"
-        )
-    if ids.dtype != torch.int64:
-        raise UserError(f"ids must be torch.int64, not {ids.dtype}")
-    if ids.numel():
-        lowest, highest = (int(value) for value in torch.aminmax(ids))
-        if lowest < 0 or highest >= vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise UserError(f"token id {wrong} is outside the vocabulary of {vocab_size} ids")

@@ -1,52 +1,70 @@
-"""From logits to the next token."""
+"""How the next token is drawn: the options, and what each of them may be."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
 
 from almostgpt.config import MAX_SEED
 from almostgpt.errors import UserError
 
 
-def check_sampling(
-    temperature: float, top_k: int | None, top_p: float | None, seed: int | None
-) -> None:
-    """Raises ``UserError`` for values that mean nothing."""
-    if seed is not None and not 0 <= seed <= MAX_SEED:
-        raise UserError(f"seed is {seed}, but must be in 0 … {MAX_SEED}")
-    if not temperature >= 0:
-        raise UserError(f"temperature is {temperature}, but must be 0 (greedy) or above")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}, but must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}, but must be in (0, 1]")
+@dataclass(frozen=True)
+class Sampling:
+    """Options of a draw, in the order in which they act; ``almostgpt.kernels.sample`` defines them.
 
-
-def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draws one id per row of logits: (B, V) → (B,) int64.
-
-    Temperature 0 takes the largest logit. ``top_k`` keeps the k largest; ``top_p`` keeps the fewest
-    largest whose probabilities reach p (nucleus sampling, Holtzman et al. 2019), at least one.
+    Raises:
+        UserError: values that mean nothing.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # From the largest down, so that however low the temperature nothing overflows.
-    logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-10)
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of everything more likely
-        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, float("-inf")))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+    repetition_penalty: float = 1.0  # logits of tokens in the text so far are lowered by it
+    temperature: float = 1.0  # divides the logits; 0 takes the largest
+    top_k: int | None = None  # keeps the k most likely
+    top_p: float | None = None  # keeps the fewest most likely whose probabilities reach p
+    min_p: float | None = None  # keeps those at least so likely, relative to the most likely one
+
+    def __post_init__(self) -> None:
+        penalty = self.repetition_penalty
+        if not (_number(penalty) and 0 < penalty < math.inf):
+            raise UserError(f"repetition_penalty is {penalty}, but must be above 0 (1: none)")
+        if not (_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or above")
+        if self.top_k is not None and not (_whole(self.top_k) and self.top_k >= 1):
+            raise UserError(f"top_k is {self.top_k}, but must be a whole number from 1 on")
+        if self.top_p is not None and not (_number(self.top_p) and 0 < self.top_p <= 1):
+            raise UserError(f"top_p is {self.top_p}, but must be in (0, 1]")
+        if self.min_p is not None and not (_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise UserError(f"min_p is {self.min_p}, but must be in 0 … 1")
+
+
+def seed_or_new(seed: int | None) -> int:
+    """The seed given, or where there is none a new one, of torch's global generator.
+
+    Raises ``UserError`` for what is no seed.
+    """
+    if seed is None:
+        return int(torch.randint(2**63 - 1, ()))
+    if not _whole(seed) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}, but must be in 0 … {MAX_SEED}")
+    return seed
+
+
+def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Raises ``UserError`` for ids that no model of so many could draw."""
+    for id in stop_ids:
+        if not _whole(id) or not 0 <= id < vocab_size:
+            raise UserError(
+                f"stop_ids has {id!r}, which is no id of the {vocab_size} that are drawn"
+            )
+    return tuple(dict.fromkeys(stop_ids))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

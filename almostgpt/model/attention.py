@@ -12,6 +12,7 @@ from almostgpt import kernels
 from almostgpt.config import GPTConfig
 from almostgpt.errors import UserError
 from almostgpt.model.position import Position, Positions
+from almostgpt.model.quantized import QUANTIZED
 
 
 class Cache(Protocol):
@@ -67,9 +68,10 @@ class FullAttention(nn.Module):
             config.n_kv_head,
             config.head_dim,
         )
+        linear = QUANTIZED[config.quantize].linear
         self.qkv_heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, self.qkv_heads * self.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.qkv = linear(config.n_embd, self.qkv_heads * self.head_dim, bias=config.qkv_bias)
+        self.out = linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from almostgpt import kernels
 from almostgpt.config import GPTConfig
+from almostgpt.model.quantized import QUANTIZED
 
 
 class _Plain(nn.Module):
@@ -18,8 +19,9 @@ class _Plain(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        linear = QUANTIZED[config.quantize].linear
+        self.up = linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.down = linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
@@ -48,8 +50,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.mlp_hidden, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        linear = QUANTIZED[config.quantize].linear
+        self.gate_up = linear(config.n_embd, 2 * config.mlp_hidden, bias=config.bias)
+        self.down = linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(kernels.swiglu(self.gate_up(x)))

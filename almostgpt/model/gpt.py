@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from almostgpt import kernels
 from almostgpt.config import GPTConfig, model_problems, not_one_of, resolve_model
@@ -19,12 +18,14 @@ from almostgpt.model.feedforward import FEEDFORWARDS
 from almostgpt.model.norm import NORMS
 from almostgpt.model.position import POSITIONS, positions_in_documents
 from almostgpt.model.presets import MODEL_PRESETS
+from almostgpt.model.quantized import QUANTIZED
 
 PARTS = {
     "norm": NORMS,
     "feedforward": FEEDFORWARDS,
     "position": POSITIONS,
     "attention": ATTENTIONS,
+    "quantize": QUANTIZED,
 }
 
 
@@ -52,13 +53,14 @@ class GPT(nn.Module):
         if problems:
             raise UserError("the model cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
         self.config = config = resolve_model(config)
-        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        linear, embedding = QUANTIZED[config.quantize]
+        self.token_embedding = embedding(config.padded_vocab_size, config.n_embd)
         self.position = POSITIONS[config.position](config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = NORMS[config.norm](config)
         if not config.tie_weights:
-            self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+            self.head = linear(config.n_embd, config.padded_vocab_size, bias=False)
         self._initialise()
 
     @classmethod
@@ -83,12 +85,26 @@ class GPT(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(padded_vocab_size, n_embd): the embedding when tied, else the head's own."""
-        return self.token_embedding.weight if self.config.tie_weights else self.head.weight
+        """(padded_vocab_size, n_embd): the embedding when tied, else the head's own.
+
+        Of a quantised model it is made anew at every call.
+        """
+        matrix = self.token_embedding if self.config.tie_weights else self.head
+        return matrix.dense(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream: that of the norms, which no quantisation touches."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
 
     def num_parameters(self) -> int:
-        """Trained values, a tied matrix counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Trained values, in 8 bits or more, a tied matrix counted once."""
+        quantized = (b.numel() for b in self.buffers() if b.dtype == torch.int8)
+        return sum(p.numel() for p in self.parameters()) + sum(quantized)
 
     def forward(
         self,
@@ -148,7 +164,8 @@ class GPT(nn.Module):
             positions = slice(0, T)
             if cu_seqlens is not None:
                 positions = positions_in_documents(cu_seqlens, B, T)
-        x = self.dropout(self.position.embed(self.token_embedding(ids), positions))
+        x = self.position.embed(self.token_embedding(ids).to(self.dtype), positions)
+        x = self.dropout(x)
         residual = None
         run = CHECKPOINTING[self.config.gradient_checkpointing if self.training else "none"]
         for block in self.blocks:
@@ -194,19 +211,19 @@ class GPT(nn.Module):
                 )
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.output_weight)[..., : self.config.vocab_size]
+        logits = self.token_embedding.logits if self.config.tie_weights else self.head
+        return logits(x)[..., : self.config.vocab_size]
 
-    @torch.no_grad()
-    def generate(self, ids: Tensor, max_new_tokens: int, **options) -> Tensor:
-        """Continues ids: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).
+    def generate(self, prompts, max_new_tokens: int, **options):
+        """Continues prompts: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).
 
-        Options: ``temperature=1.0, top_k=None, top_p=None, seed=None, cache="auto",
-        window=None, sink_tokens=None, vocab_size=None``, see :func:`almostgpt.inference.generate.stream`.
+        Prompts of several lengths, options and what they return: see
+        :func:`almostgpt.inference.generate.generate` and ``stream`` there.
         """
         # The one arrow that points up: the method is a convenience, the room is inference/.
         from almostgpt.inference.generate import generate
 
-        return generate(self, ids, max_new_tokens, **options)
+        return generate(self, prompts, max_new_tokens, **options)
 
 
 def _last_tokens(new_lengths: list[int] | None, *streams: Tensor) -> tuple[Tensor, ...]:

@@ -7,13 +7,22 @@ import ctypes
 import torch
 
 from almostgpt.config import Config
+from almostgpt.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _LARGEST = 2**31 - 1  # mallopt takes an int
 
 
 def prepare(config: Config, device: torch.device) -> None:
-    """Before a model is trained in this process, or its training timed."""
+    """Before a model is trained in this process, or its training timed.
+
+    Raises ``UserError`` where it cannot be.
+    """
+    if config.model.quantize != "none":
+        raise UserError(
+            f"model.quantize is {config.model.quantize}, but quantised weights cannot be trained: train "
+            "with none, and quantise what comes out"
+        )
     torch.set_float32_matmul_precision(config.training.matmul)
     if device.type == "cpu":
         keep_freed_memory()
