@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from almostgpt import kernels
 
 
 class Linear(nn.Linear):
     """x (..., in_features) → (..., out_features)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out_features, in_features)."""
@@ -23,7 +24,7 @@ class Embedding(nn.Embedding):
 
     def logits(self, x: Tensor) -> Tensor:
         """x (..., columns) → (..., rows)."""
-        return F.linear(x, self.weight)
+        return kernels.linear(x, self.weight)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The table, (rows, columns)."""
