@@ -13,6 +13,7 @@ from almostgpt.errors import UserError
 COMMANDS = {
     "train": "train a model, or continue a run",
     "generate": "text from a trained model",
+    "quantize": "a trained model in 8 bits, for generation",
     "prepare": "turn text into token shards",
     "info": "versions, devices, and which kernels would run here",
 }
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
+        lines = [f"  {name:10} {text}" for name, text in COMMANDS.items()]
         print(HELP.format(commands="\n".join(lines)))
         return 0
     command, *rest = arguments

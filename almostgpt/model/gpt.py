@@ -62,6 +62,8 @@ class GPT(nn.Module):
         if not config.tie_weights:
             self.head = linear(config.n_embd, config.padded_vocab_size, bias=False)
         self._initialise()
+        if config.quantize != "none":
+            self.requires_grad_(False)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> GPT:

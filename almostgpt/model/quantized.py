@@ -80,7 +80,7 @@ QUANTIZED = {"none": Matrices(Linear, Embedding), "int8": Matrices(Int8Linear, I
 
 @torch.no_grad()
 def quantize(model: GPT, kind: str = "int8") -> GPT:
-    """The model with its matrices in 8 bits, in place; in evaluation mode from here on.
+    """The model with its matrices in 8 bits, in place: from here on to be evaluated, not trained.
 
     A tied table is one matrix, quantised once: embedding and output projection read the same bytes.
 
@@ -105,7 +105,7 @@ def quantize(model: GPT, kind: str = "int8") -> GPT:
         for name, child in children.items():
             setattr(module, name, child)
     model.config = dataclasses.replace(model.config, quantize=kind)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def _dense(module: nn.Module) -> bool:
