@@ -35,7 +35,9 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class EvalArguments:
     checkpoint: Path  # a run folder (its newest whole checkpoint) or one checkpoint folder
-    perplexity: Path  # a UTF-8 text file, a .bin token shard, or a prepared folder (validation split)
+    perplexity: (
+        Path  # a UTF-8 text file, a .bin token shard, or a prepared folder (validation split)
+    )
     window: int | None = None  # tokens that the model sees at once; null: its block_size
     stride: int | None = None  # tokens from window to window; null: half a window
     batch_size: int = 8  # windows at a time; changes speed and memory only
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> int:
     window, stride = checked_options(model, given.window, given.stride, given.batch_size)
     tokens = read_tokens(given.perplexity, tokenizer)[: given.max_tokens]
     if len(tokens) < 2:
-        raise UserError(f"{given.perplexity}: {len(tokens)} tokens; perplexity needs 2 or more")
+        raise UserError(f"{given.perplexity}: perplexity needs 2 tokens or more, not {len(tokens)}")
     say(
         f"{given.checkpoint} on {given.perplexity}: {len(tokens):,} tokens · windows of {window}, "
         f"a stride of {stride} · {device} · {given.precision}"

@@ -28,7 +28,9 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer, *, progress: bool = True
     if path.is_dir():
         return _validation_split(path, tokenizer, progress)
     if not path.exists():
-        raise UserError(f"{path}: no such file; give a text file, a .bin shard or a prepared folder")
+        raise UserError(
+            f"{path}: no such file; give a text file, a .bin shard or a prepared folder"
+        )
     if path.suffix == ".bin":
         if (path.parent / TOKENIZER_FILE).is_file():
             _check_same(path, load_tokenizer(path.parent), tokenizer)
