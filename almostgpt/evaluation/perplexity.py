@@ -158,8 +158,6 @@ def sliding(n: int, window: int, stride: int) -> Iterator[Window]:
         first, end = max(end, start + 1), min(start + window, n)
         if first < end:
             yield Window(start, first, end)
-        if end == n:
-            return
 
 
 def _rows(tokens: np.ndarray, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:

@@ -235,6 +235,19 @@ def test_the_models_mode_is_left_as_it_was_and_dropout_is_off():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_nothing_is_kept_for_a_backward(monkeypatch):
+    forward, seen = GPT.forward, []
+
+    def watched(self, *arguments):
+        loss = forward(self, *arguments)
+        seen.append(loss[1].requires_grad)
+        return loss
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    perplexity(make(), random_tokens(50), batch_size=2)
+    assert len(seen) == 3 and not any(seen)
+
+
 def test_lists_tensors_and_arrays_of_any_integer_are_the_same_text():
     model, tokens = make(), random_tokens(50)
     expected = perplexity(model, tokens).nats
