@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "generate": "text from a trained model",
     "quantize": "a trained model in 8 bits, for generation",
+    "eval": "perplexity of a trained model on a text",
     "prepare": "turn text into token shards",
     "info": "versions, devices, and which kernels would run here",
 }
@@ -27,6 +28,7 @@ examples:
   almostgpt train --data.path book.txt --training.steps 2000
   almostgpt train --out runs/quickstart --resume      go on where a run stopped
   almostgpt generate --checkpoint runs/quickstart --prompt "def "
+  almostgpt eval --checkpoint runs/quickstart --perplexity book.txt
 
 --debug shows the traceback of an error."""
 
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if debug or not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
             raise
-        print("error: out of memory: take a smaller model or training.batch_size", file=sys.stderr)
+        print("error: out of memory: take a smaller model or batch size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,7 +12,7 @@ from almostgpt.config import resolve
 from almostgpt.config_file import load_config
 from almostgpt.model.quantized import quantize
 
-DESCRIPTION = """Writes a folder with the model in 8 bits: a quarter of the bytes, for generation and evaluation.
+DESCRIPTION = """Writes a folder with the model in 8 bits, a quarter of it, for generation and evaluation.
 The last line on stdout is a JSON object with the sizes.
 
 examples:

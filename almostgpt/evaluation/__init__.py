@@ -1,0 +1,1 @@
+"""How good a model is: what it is scored on (text), and its perplexity."""
