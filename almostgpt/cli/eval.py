@@ -42,6 +42,7 @@ class EvalArguments:
     stride: int | None = None  # tokens from window to window; null: half a window
     batch_size: int = 8  # windows at a time; changes speed and memory only
     max_tokens: int | None = None  # only the first so many of the text; null: all
+    quantize: str = "none"  # none | int8: matrices in 8 bits, as `generate` has them
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: str = "fp32"  # fp32 | bf16 (autocast)
 
@@ -53,7 +54,7 @@ def run(arguments: list[str]) -> int:
     if given.max_tokens is not None and given.max_tokens < 2:
         raise UserError(f"--max-tokens is {given.max_tokens}, but must be at least 2")
     device = pick_device(given.device)
-    model, tokenizer = checkpoint.load(given.checkpoint, device)
+    model, tokenizer = checkpoint.load(given.checkpoint, device, quantize=given.quantize)
     # Refused now, rather than when a large text is encoded.
     window, stride = checked_options(model, given.window, given.stride, given.batch_size)
     tokens = read_tokens(given.perplexity, tokenizer)[: given.max_tokens]
@@ -87,6 +88,7 @@ def run(arguments: list[str]) -> int:
         "stride": stride,
         "device": str(device),
         "precision": given.precision,
+        "quantize": model.config.quantize,
         "tokens_per_second": result.tokens_per_second,
         "seconds": result.seconds,
     }
