@@ -1,7 +1,7 @@
 """The ops of AlmostGPT: ordinary tensors in, the best kernel that serves them chosen by itself.
 
 Every op has a plain PyTorch reference that runs anywhere. Faster backends (``cuda``, ``triton``,
-``emulator``) stand before it where they exist and serve the device, dtype, shape and options::
+``cpu``, ``emulator``) stand before it where they exist and serve the device, dtype, shape and options::
 
     y = kernels.rms_norm(x, weight)
     print(kernels.explain("rms_norm", x, weight))      # which kernel ran, and why no other did
@@ -26,8 +26,10 @@ from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
+from almostgpt.kernels.int8_linear import INT8_LINEAR, int8_linear
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
+from almostgpt.kernels.linear import LINEAR, linear
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
@@ -45,6 +47,8 @@ OPS: dict[str, dispatch.Op] = {
         RELU_SQUARED,
         KV_APPEND,
         DECODE_ATTENTION,
+        LINEAR,
+        INT8_LINEAR,
     )
 }
 
@@ -61,7 +65,9 @@ __all__ = [
     "explain",
     "flash_attention",
     "gelu",
+    "int8_linear",
     "kv_append",
+    "linear",
     "linear_cross_entropy",
     "relu_squared",
     "rms_norm",

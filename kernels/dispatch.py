@@ -5,7 +5,7 @@ The first that can serve runs, and the reference, which is plain PyTorch, always
 may be forced instead, by ``use_backend`` for all ops or some, or for the whole process by
 ``ALMOSTGPT_BACKEND``: every op that has a kernel of it runs that or fails with the reason, and
 nothing falls back. An op that has none at all is left alone (``cuda`` and ``triton`` share the
-ops between them), unless it was named.
+ops between them, and ``cpu``, C++ for the processor, has those of decoding), unless it was named.
 
 A kernel that is chosen in forward carries its own backward, so the choice holds for both:
 autograd runs backward on threads of its own, where the caller's context variables do not reach.
@@ -29,7 +29,7 @@ import torch
 
 from almostgpt.errors import UserError
 
-BACKENDS = ("cuda", "triton", "emulator", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "emulator", "reference")
 
 # A card is known by its compute capability. A100; RTX 30; RTX 40 and L4; H100; B200; RTX 50.
 Card = tuple[int, int]
@@ -94,7 +94,7 @@ def use_backend(backend: str, *, ops: Iterable[str] | None = None, **options) ->
             model(tokens)  # rms_norm in the emulator of an H100, everything else as ever
 
     Args:
-        backend: ``"cuda"``, ``"triton"``, ``"emulator"`` or ``"reference"``.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"emulator"`` or ``"reference"``.
         ops: names of the ops that it is forced for; all of them when None.
         **options: what the backend takes; only the emulator takes any: ``capability``, the compute
             capability of the card that it plays, (8, 0) unless given.

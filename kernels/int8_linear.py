@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from almostgpt.errors import UserError
+from almostgpt.kernels import cpu
 from almostgpt.kernels.dispatch import Kernel, Op
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -108,8 +109,39 @@ def reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = N
     return y.to(x.dtype)
 
 
+# --- on a processor ------------------------------------------------------------------------------
+
+
+def _cpu_fake(x, weight, scales, bias, instruction_set):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+cpu.define(
+    "cpu_int8_linear",
+    "(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int instruction_set) -> Tensor",
+    fake=_cpu_fake,
+)
+
+
+def _refuse_cpu(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None):
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ kernel takes float32 and bfloat16, not {x.dtype}"
+    return None
+
+
+def _run_cpu(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    return torch.ops.almostgpt.cpu_int8_linear.default(
+        x, weight, scales.contiguous(), bias, cpu.BEST
+    )
+
+
 INT8_LINEAR = Op(
     "int8_linear",
     _check,
-    (Kernel("reference", "plain PyTorch", lambda *args, **kwargs: None, reference),),
+    (
+        cpu.cpu_kernel("int8_linear", _refuse_cpu, _run_cpu),
+        Kernel("reference", "plain PyTorch", lambda *args, **kwargs: None, reference),
+    ),
 )
