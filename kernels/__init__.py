@@ -26,7 +26,16 @@ from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
+<<<<<<< HEAD
 from almostgpt.kernels.int8_linear import INT8_LINEAR, int8_linear
+=======
+from almostgpt.kernels.int8_linear import (
+    INT8_LINEAR,
+    dequantize_rows,
+    int8_linear,
+    quantize_rows,
+)
+>>>>>>> cpu
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear import LINEAR, linear
@@ -48,7 +57,10 @@ OPS: dict[str, dispatch.Op] = {
         RELU_SQUARED,
         KV_APPEND,
         DECODE_ATTENTION,
+<<<<<<< HEAD
         SAMPLE,
+=======
+>>>>>>> cpu
         LINEAR,
         INT8_LINEAR,
     )
@@ -63,6 +75,7 @@ __all__ = [
     "build_info",
     "cross_entropy",
     "decode_attention",
+    "dequantize_rows",
     "emulator",
     "explain",
     "flash_attention",
@@ -71,6 +84,7 @@ __all__ = [
     "kv_append",
     "linear",
     "linear_cross_entropy",
+    "quantize_rows",
     "relu_squared",
     "rms_norm",
     "rope",

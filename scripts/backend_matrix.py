@@ -78,6 +78,11 @@ def _decode(empty: Empty, T=1, H=8, D=64, layer=None, **options) -> Call:
     return (q, _layer(q, **(layer or {}))), options
 
 
+def _int8_linear(empty: Empty, rows=1, **options) -> Call:
+    weight, scales = empty(1024, 256, dtype=torch.int8), empty(1024, dtype=torch.float32)
+    return (empty(rows, 256), weight, scales), options
+
+
 _SINKS = {"window": 512, "sink_tokens": 4}
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
@@ -169,6 +174,15 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         ),
         "heads of 264": lambda empty: _decode(empty, D=264),
     },
+    "linear": {
+        "one row": lambda empty: ((empty(1, 256), empty(1024, 256), empty(1024)), {}),
+        "16 rows": lambda empty: ((empty(16, 256), empty(1024, 256)), {}),
+        "17 rows": lambda empty: ((empty(17, 256), empty(1024, 256)), {}),
+    },
+    "int8_linear": {
+        "one row": lambda empty: _int8_linear(empty),
+        "many rows": lambda empty: _int8_linear(empty, rows=512),
+    },
 }
 
 HEAD = """# Which kernel runs where
@@ -177,8 +191,8 @@ Generated from `kernels.explain` by `python scripts/backend_matrix.py`, and a te
 a change to an op run it again, rather than edit the page.
 
 A column is a card, by its compute capability ({cards}),
-in an install that has every kernel. CPU stands for every device that is not CUDA; there the CUDA kernels
-run when the `emulator` is forced. `reference` is plain PyTorch and runs everywhere. `almostgpt info` says
+in an install that has every kernel. CPU is a processor with AVX2, and no gradient asked for; there the CUDA
+kernels run when the `emulator` is forced. Every other device runs the `reference`, which is plain PyTorch. `almostgpt info` says
 what runs on the machine at hand, and `almostgpt info --check` whether it is right.
 """
 
@@ -241,12 +255,12 @@ def _cell(explanation: Explanation) -> str:
 
 
 def _reasons(found: dict[tuple, Explanation], groups: list[list[Place]]) -> list[str]:
-    """Why a card runs the reference of an op that has a kernel for cards."""
+    """Why a place runs the reference of an op that has a kernel for its like."""
     why: dict[str, dict[str, None]] = {}  # reason -> dtypes, in order
     for (_, dtype, place), explanation in found.items():
-        if place is CPU or explanation.backend != "reference":
+        if explanation.backend != "reference":
             continue
-        for backend in ("cuda", "triton"):
+        for backend in ("cpu",) if place is CPU else ("cuda", "triton"):
             reason = f"not {backend}: {explanation.reasons[backend]}"
             if reason != f"not {backend}: no {backend} kernel for this op":
                 why.setdefault(reason, {})[dtype] = None

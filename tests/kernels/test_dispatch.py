@@ -130,7 +130,7 @@ def test_the_emulator_plays_the_card_it_is_told(monkeypatch):
 
 
 def test_unknown_names_and_options_are_refused():
-    with pytest.raises(UserError, match="cuda, triton, emulator, reference"):
+    with pytest.raises(UserError, match="cuda, triton, cpu, emulator, reference"):
         with kernels.use_backend("cudnn"):
             pass
     with pytest.raises(UserError, match="takes no option 'capability'"):
