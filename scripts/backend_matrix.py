@@ -78,6 +78,11 @@ def _decode(empty: Empty, T=1, H=8, D=64, layer=None, **options) -> Call:
     return (q, _layer(q, **(layer or {}))), options
 
 
+def _sample(empty: Empty, V=1024, **options) -> Call:
+    rows = (empty(8, dtype=torch.int64),) * 3
+    return (empty(8, V), *rows), options
+
+
 _SINKS = {"window": 512, "sink_tokens": 4}
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
@@ -168,6 +173,17 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
             empty, new_lengths=empty(2, dtype=torch.int32)
         ),
         "heads of 264": lambda empty: _decode(empty, D=264),
+    },
+    "sample": {
+        "temperature": lambda empty: _sample(empty),
+        "greedy": lambda empty: _sample(empty, temperature=0),
+        "top-k": lambda empty: _sample(empty, top_k=50),
+        "top-p and min-p": lambda empty: _sample(empty, top_p=0.9, min_p=0.05),
+        "repetition penalty": lambda empty: _sample(
+            empty, repetition_penalty=1.2, seen=empty(8, 1024, dtype=torch.bool)
+        ),
+        "log-probabilities": lambda empty: _sample(empty, logprobs=True),
+        "a vocabulary of 50257": lambda empty: _sample(empty, V=50257),
     },
 }
 

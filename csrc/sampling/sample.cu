@@ -21,8 +21,8 @@ struct SampleArgs {
   int misaligned;  // bytes from a multiple of 16 to the first row
   int length;
   Global<const int64_t> positions, seeds, sequences;
-  Global<uint8_t> seen;  // or absent
-  int64_t seen_stride;
+  Global<uint8_t> seen;        // or absent
+  int64_t seen_stride;         // 0 then
   Global<int64_t> ids;
   Global<float> logprobs;  // or absent
   float temperature, penalty;
@@ -32,8 +32,7 @@ struct SampleArgs {
   DEVICE Row<T> row() const {
     const int64_t first = block_x() * stride;
     const int bytes = static_cast<int>((misaligned + first * static_cast<int64_t>(sizeof(T))) & 15);
-    const Global<uint8_t> row_seen = seen ? seen + block_x() * seen_stride : seen;
-    return Row<T>(logits + first, bytes, row_seen, length, penalty);
+    return Row<T>(logits + first, bytes, seen + block_x() * seen_stride, length, penalty);
   }
   DEVICE Stream stream() const {
     const auto at = [](Global<const int64_t> of) { return load_global<Cache::read_only>(of + block_x()); };
