@@ -26,16 +26,12 @@ from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
-<<<<<<< HEAD
-from almostgpt.kernels.int8_linear import INT8_LINEAR, int8_linear
-=======
 from almostgpt.kernels.int8_linear import (
     INT8_LINEAR,
     dequantize_rows,
     int8_linear,
     quantize_rows,
 )
->>>>>>> cpu
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear import LINEAR, linear
@@ -57,10 +53,7 @@ OPS: dict[str, dispatch.Op] = {
         RELU_SQUARED,
         KV_APPEND,
         DECODE_ATTENTION,
-<<<<<<< HEAD
         SAMPLE,
-=======
->>>>>>> cpu
         LINEAR,
         INT8_LINEAR,
     )

@@ -133,12 +133,18 @@ def _accuracies(names, got, same, exact) -> list[Accuracy]:
     accuracies = []
     # What a sum leaves where its terms cancel is rounding of the terms, in float32: of the size of
     # the largest value anywhere, so far as that is known.
-    residue = 4 * torch.finfo(torch.float32).eps * max(_largest(tensor) for tensor in exact)
+    residue = (
+        4
+        * torch.finfo(torch.float32).eps
+        * max(_largest(t) for t in exact if t.is_floating_point())
+    )
     for name, ours, plain, truth in zip(names, got, same, exact, strict=True):
         plain_error = _largest(_exact(plain) - truth)
         if not math.isfinite(plain_error):  # it overflows in float16, which excuses nothing
             plain_error = 0.0
-        ulps = 4 * torch.finfo(ours.dtype).eps * _largest(truth)
+        # Whole numbers are right or wrong.
+        eps = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
+        ulps = 4 * eps * _largest(truth)
         error = _largest(_exact(ours) - truth)
         accuracies.append(Accuracy(name, error, 2 * plain_error + ulps + residue))
     return accuracies

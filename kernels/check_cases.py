@@ -339,6 +339,31 @@ def _decode_attention(int8: bool = False, sinks: bool = False) -> Case:
     )
 
 
+def _plain_sample(logits, positions, seeds, sequences, **options):
+    """The largest logit, which needs no random number that two programs would have to share."""
+    ids = logits.argmax(-1)
+    return ids, torch.log_softmax(logits, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+# What is drawn is a token or is not, without an error to hold to a bound: the tests do that. Here the
+# largest must be found, and its probability be right.
+_SAMPLE = Case(
+    "sample",
+    dimensions="ROWSxVOCABULARY",
+    inputs=lambda shape, normal: {
+        "logits": normal(shape),
+        **dict.fromkeys(("positions", "seeds", "sequences"), normal(shape[:1]).long()),
+    },
+    plain=_plain_sample,
+    outputs=("ids", "log-probabilities"),
+    work=lambda shape: {"forward": Work(math.prod(shape))},
+    shapes={"cuda": (256, 50257), "cpu": (64, 5000), "emulator": (3, 1000)},
+    options={"temperature": 0, "logprobs": True},
+    output=lambda shape: shape[:1],
+    gradients=False,
+)
+
+
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
     "rms_norm with a residual": _ADD_RMS_NORM,
@@ -361,4 +386,5 @@ CASES: dict[str, Case] = {
     "decode_attention": _decode_attention(),
     "decode_attention, int8": _decode_attention(int8=True),
     "decode_attention, ring with sinks": _decode_attention(sinks=True),
+    "sample, greedy": _SAMPLE,
 }

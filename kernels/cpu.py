@@ -42,12 +42,6 @@ def available() -> tuple[str, ...]:
     return tuple(torch.ops.almostgpt.cpu_instruction_sets().split(","))
 
 
-<<<<<<< HEAD
-@torch.compiler.assume_constant_result
-@functools.cache  # asked at every call of an op
-def missing() -> str | None:
-    """Why this process has no kernels for the processor, or None."""
-=======
 # Neither answer changes within a process, so torch.compile may take it for a constant; it does not see
 # that of a function with a cache.
 @torch.compiler.assume_constant_result
@@ -64,7 +58,6 @@ def best() -> str:
 
 @functools.cache  # asked at every call of an op
 def _missing() -> str | None:
->>>>>>> cpu
     if native.NATIVE.error is not None:
         return native.NATIVE.error
     if not torch._C._dispatch_has_kernel("almostgpt::cpu_instruction_sets"):
@@ -72,14 +65,11 @@ def _missing() -> str | None:
     return None
 
 
-<<<<<<< HEAD
-=======
 @functools.cache
 def _best() -> str:
     return (available() or ("portable",))[-1]
 
 
->>>>>>> cpu
 def cpu_kernel(name: str, refuse_call: Callable, run: Callable) -> Kernel:
     """The ``cpu`` kernel of an op.
 
@@ -93,14 +83,6 @@ def cpu_kernel(name: str, refuse_call: Callable, run: Callable) -> Kernel:
     def refuse(card: Card | None, tensor: Tensor, *args, **kwargs) -> str | None:
         if card is not None or tensor.is_cuda:
             return "the C++ kernels are for a processor, not for a GPU"
-<<<<<<< HEAD
-        if not tensor.is_meta:  # of a tensor without data only the rest is asked
-            if not tensor.is_cpu:
-                return f"the tensors are on {tensor.device}"
-            if why := missing() or refuse_derivatives():
-                return why
-        return refuse_call(tensor, *args, **kwargs)
-=======
         if why := refuse_call(tensor, *args, **kwargs):
             return why
         if tensor.is_meta:  # it has no data, and only its shape and dtype were asked about
@@ -108,7 +90,6 @@ def cpu_kernel(name: str, refuse_call: Callable, run: Callable) -> Kernel:
         if not tensor.is_cpu:
             return f"the tensors are on {tensor.device}"
         return missing() or refuse_derivatives()
->>>>>>> cpu
 
     return Kernel("cpu", name, refuse, run)
 

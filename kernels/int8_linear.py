@@ -111,11 +111,8 @@ def reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = N
 
 # --- on a processor ------------------------------------------------------------------------------
 
-<<<<<<< HEAD
-=======
 _MOST_PORTABLE_ROWS = 8  # see docs/cpu.md
 
->>>>>>> cpu
 
 def _cpu_fake(x, weight, scales, bias, instruction_set):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -131,13 +128,10 @@ cpu.define(
 def _refuse_cpu(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None):
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ kernel takes float32 and bfloat16, not {x.dtype}"
-<<<<<<< HEAD
-=======
     if not x.is_meta and cpu.best() == "portable" and x.numel() > _MOST_PORTABLE_ROWS * x.shape[-1]:
         return (
             f"without AVX2 the product of more than {_MOST_PORTABLE_ROWS} rows is faster in float32"
         )
->>>>>>> cpu
     return None
 
 

@@ -15,12 +15,8 @@ from almostgpt.errors import UserError
 from almostgpt.kernels import cpu
 from almostgpt.kernels.dispatch import Kernel, Op
 
-<<<<<<< HEAD
-MOST_ROWS = 4  # beyond them PyTorch's matrix product is faster; see docs/cpu.md
-=======
 # Beyond them PyTorch's matrix product is as fast or faster; see docs/cpu.md.
 MOST_ROWS = {"portable": 4, "avx2": 16, "avx512": 16}
->>>>>>> cpu
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -78,25 +74,16 @@ def _refuse_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | 
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return "a gradient is asked for"
-<<<<<<< HEAD
-    if x.numel() > MOST_ROWS * x.shape[-1]:
-        return f"x has more than {MOST_ROWS} rows: PyTorch's matrix product is faster"
-=======
     if why := cpu.refuse_watched():
         return why
     most = MOST_ROWS["avx512" if x.is_meta else cpu.best()]
     if x.numel() > most * x.shape[-1]:
         return f"x has more than {most} rows: PyTorch's matrix product is faster"
->>>>>>> cpu
     if x.dtype not in _DTYPES:
         return f"the C++ kernel computes in float32 and bfloat16, not {x.dtype}"
     if not weight.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         return "the C++ kernel takes a contiguous weight and bias"
-<<<<<<< HEAD
-    return cpu.refuse_watched()
-=======
     return None
->>>>>>> cpu
 
 
 def _run_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import sample_reference
+from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.sample_reference import Options, Streams
 
@@ -148,13 +149,74 @@ def _usable(options: dict) -> Options:
     return given._replace(temperature=max(given.temperature, _LOWEST_TEMPERATURE))
 
 
+# --- torch.ops.almostgpt.sample and torch.ops.almostgpt_emulator.sample ----------------------------
+# In place of None: top_k 0, top_p 1, min_p 0; log-probabilities that nobody asks for are empty.
+
+
+def _sample_cpu(
+    logits, positions, seeds, sequences, seen, temperature, top_k, top_p, min_p, penalty, logprobs
+):
+    streams = Streams(positions, seeds, sequences)
+    options = Options(temperature, top_k or None, top_p, min_p, penalty)
+    ids, found = sample_reference.sample(logits, streams, options, seen, logprobs)
+    return ids, logits.new_empty(0, dtype=torch.float32) if found is None else found
+
+
+def _sample_fake(logits, positions, seeds, sequences, seen, *options):
+    B, logprobs = logits.shape[0], options[-1]
+    ids = logits.new_empty(B, dtype=torch.int64)
+    return ids, logits.new_empty(B if logprobs else 0, dtype=torch.float32)
+
+
+define(
+    "sample",
+    "(Tensor logits, Tensor positions, Tensor seeds, Tensor sequences, Tensor(a!)? seen, "
+    "float temperature, int top_k, float top_p, float min_p, float repetition_penalty, "
+    "bool logprobs) -> (Tensor ids, Tensor logprobs)",
+    fake=_sample_fake,
+    cpu=_sample_cpu,
+)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _run_csrc(ops, logits, positions, seeds, sequences, seen=None, logprobs=False, **options):
+    given = _usable(options)
+    ids, found = ops.sample(
+        *(logits, positions, seeds, sequences, seen),
+        *(float(given.temperature), given.top_k or 0, _or(given.top_p, 1.0), _or(given.min_p, 0.0)),
+        *(float(given.repetition_penalty), logprobs),
+    )
+    return ids, found if logprobs else None
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+@torch.no_grad()
 def _reference(logits, positions, seeds, sequences, seen=None, logprobs=False, **options):
     streams = Streams(positions, seeds, sequences)
     return sample_reference.sample(logits, streams, _usable(options), seen, logprobs)
 
 
+def _refuse_card(card, logits, positions, seeds, sequences, seen=None, *_, **options) -> str | None:
+    if logits.dtype == torch.float64:
+        return "the CUDA kernel does not compute in float64"
+    if logits.shape[1] > 2**24:
+        return f"the CUDA kernel takes up to 2^24 logits a row, not {logits.shape[1]}"
+    if seen is not None and seen.shape[1] > 1 and seen.stride(1) != 1:
+        return "the CUDA kernel marks seen in contiguous rows alone"
+    return None
+
+
 SAMPLE = Op(
     "sample",
     _check,
-    (Kernel("reference", "plain PyTorch", lambda *args, **kwargs: None, _reference),),
+    (
+        *csrc_kernels("sample", _refuse_card, _run_csrc),
+        Kernel("reference", "plain PyTorch", lambda *args, **kwargs: None, _reference),
+    ),
 )

@@ -7,6 +7,7 @@ a CUDA graph can hold it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ _ROUNDS = 10
 # The noise is between −ln(−ln(2^−33)) = −3.13 and −ln(2^−33) = 22.87, so it lifts no token over one
 # whose scaled logit is further above it than this.
 _REACH = 26.1
+
+_FEW = 1024  # tokens that hold the mass of most nuclei
 
 
 class Options(NamedTuple):
@@ -43,7 +46,6 @@ class Streams(NamedTuple):
     sequences: Tensor
 
 
-@torch.no_grad()
 def sample(
     logits: Tensor, streams: Streams, options: Options, seen: Tensor | None, logprobs: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -68,51 +70,64 @@ def _penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
 def _choose(logits: Tensor, streams: Streams, options: Options) -> Tensor:
     if options.temperature == 0:
         return logits.argmax(1)
-    largest, where = logits.max(1, keepdim=True)
-    # From the largest down, so that however low the temperature nothing overflows; the largest are
-    # written as zeros, since of an infinite one the difference is NaN.
-    scaled = (logits - largest).div_(options.temperature).masked_fill_(logits == largest, 0.0)
-    kept = scaled >= lowest_kept(scaled, options).clamp(min=-_REACH)
-    if unread(logits):
-        drawn = (scaled + noise_of_all(scaled.shape[1], streams)).masked_fill_(~kept, -torch.inf)
-    else:  # a CPU has counted them before others would have begun
+    largest = logits.amax(1, keepdim=True)
+
+    def scaled(some: Tensor) -> Tensor:
+        # From the largest down, so that however low the temperature nothing overflows; the largest
+        # are zeros, since of infinite ones the difference is NaN.
+        return (some - largest).div_(options.temperature).masked_fill_(some == largest, 0.0)
+
+    heights = scaled(logits)
+    kept = heights >= (max(math.log(options.min_p), -_REACH) if options.min_p else -_REACH)
+    if (lowest := _lowest_kept(logits, scaled, options)) is not None:
+        kept &= logits >= lowest
+    # Where looking costs nothing noise is made for few; for all a block of the generator serves four.
+    if unread(logits) or 4 * kept.sum() > kept.numel():
+        drawn = (heights + noise_of_all(logits.shape[1], streams)).masked_fill_(~kept, -torch.inf)
+    else:
         rows, ids = kept.nonzero(as_tuple=True)
-        drawn = torch.full_like(scaled, -torch.inf, dtype=torch.float64)
-        drawn[rows, ids] = scaled[rows, ids] + noise(ids, *(each[rows] for each in streams))
+        drawn = torch.full_like(heights, -torch.inf, dtype=torch.float64)
+        drawn[rows, ids] = heights[rows, ids] + noise(ids, *(each[rows] for each in streams))
     # Where the largest is NaN or −inf it is taken itself: the first NaN, or id 0.
-    usual = largest > -torch.inf
-    return torch.where(usual, drawn.argmax(1, keepdim=True), where)[:, 0]
+    usual = largest[:, 0] > -torch.inf
+    return torch.where(usual, drawn.argmax(1), logits.argmax(1))
 
 
 # --- thresholds ----------------------------------------------------------------------------------
 
 
-def lowest_kept(scaled: Tensor, options: Options) -> Tensor:
-    """(B, 1): of scaled logits (B, V), the largest of a row being 0, the lowest that all filters keep."""
-    B, V = scaled.shape
-    top_k = None if options.top_k is None or options.top_k >= V else options.top_k
-    lowest = scaled.new_full((B, 1), -torch.inf)
+def _lowest_kept(
+    logits: Tensor, scaled: Callable[[Tensor], Tensor], options: Options
+) -> Tensor | None:
+    """(B, 1): of logits (B, V) the lowest that top-k and top-p keep, or None where they keep all."""
+    V = logits.shape[1]
+    k = V if options.top_k is None else min(options.top_k, V)
     if options.top_p is not None and options.top_p < 1:
-        # Of the k largest, or of all.
-        ordered = scaled.sort(1, descending=True).values if top_k is None else _top(scaled, top_k)
-        masses = ordered.exp().cumsum(1)
-        total = masses[:, -1:]
-        if top_k is not None:  # with all that equal the last of them
-            last = ordered[:, -1:]
-            total = total + last.exp() * ((scaled >= last).sum(1, keepdim=True) - top_k)
-        # The first that reaches the share, or else the last.
-        first = (masses < options.top_p * total).sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
-        lowest = ordered.gather(1, first)
-    elif top_k is not None:
-        lowest = _top(scaled, top_k)[:, -1:]
-    if options.min_p:
-        lowest = lowest.clamp(min=math.log(options.min_p))
-    return lowest
+        return _nucleus(logits, scaled, k, options.top_p)
+    return logits.topk(k, dim=1).values[:, -1:] if k < V else None
 
 
-def _top(scaled: Tensor, k: int) -> Tensor:
-    """(B, k): the k largest, in descending order."""
-    return scaled.topk(k, dim=1).values
+def _nucleus(logits: Tensor, scaled: Callable[[Tensor], Tensor], k: int, share: float) -> Tensor:
+    """(B, 1): the largest value such that those no less hold that share of the mass of the top k."""
+
+    def masses(some: Tensor) -> Tensor:
+        return scaled(some).exp_()
+
+    if k < logits.shape[1]:
+        ordered = logits.topk(k, dim=1).values
+        last = ordered[:, -1:]  # all that equal it are in the top k
+        equal = (logits >= last).sum(1, keepdim=True) - k
+        wanted = share * (masses(ordered).sum(1, keepdim=True) + equal * masses(last))
+    else:
+        wanted = share * masses(logits).sum(1, keepdim=True)
+        # Most often few tokens hold it, and where looking costs nothing only they are sorted: of
+        # 50257 in 0.2 ms rather than 4 (float32, one core of an AMD EPYC, 2026-11-21).
+        few = None if unread(logits) else logits.topk(min(k, _FEW), dim=1).values
+        enough = few is not None and bool((masses(few).sum(1, keepdim=True) >= wanted).all())
+        ordered = few if enough else logits.sort(1, descending=True).values
+    # The first that reaches it; or the last, where rounding keeps all sums below.
+    first = (masses(ordered).cumsum(1) < wanted).sum(1, keepdim=True)
+    return ordered.gather(1, first.clamp(max=ordered.shape[1] - 1))
 
 
 # --- noise ---------------------------------------------------------------------------------------

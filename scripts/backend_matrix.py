@@ -83,6 +83,11 @@ def _int8_linear(empty: Empty, rows=1, **options) -> Call:
     return (empty(rows, 256), weight, scales), options
 
 
+def _sample(empty: Empty, V=1024, **options) -> Call:
+    rows = (empty(8, dtype=torch.int64),) * 3
+    return (empty(8, V), *rows), options
+
+
 _SINKS = {"window": 512, "sink_tokens": 4}
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
@@ -183,6 +188,17 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "one row": lambda empty: _int8_linear(empty),
         "many rows": lambda empty: _int8_linear(empty, rows=512),
     },
+    "sample": {
+        "temperature": lambda empty: _sample(empty),
+        "greedy": lambda empty: _sample(empty, temperature=0),
+        "top-k": lambda empty: _sample(empty, top_k=50),
+        "top-p and min-p": lambda empty: _sample(empty, top_p=0.9, min_p=0.05),
+        "repetition penalty": lambda empty: _sample(
+            empty, repetition_penalty=1.2, seen=empty(8, 1024, dtype=torch.bool)
+        ),
+        "log-probabilities": lambda empty: _sample(empty, logprobs=True),
+        "a vocabulary of 50257": lambda empty: _sample(empty, V=50257),
+    },
 }
 
 HEAD = """# Which kernel runs where
@@ -192,8 +208,8 @@ a change to an op run it again, rather than edit the page.
 
 A column is a card, by its compute capability ({cards}),
 in an install that has every kernel. CPU is a processor with AVX2, and no gradient asked for; there the CUDA
-kernels run when the `emulator` is forced. Every other device runs the `reference`, which is plain PyTorch. `almostgpt info` says
-what runs on the machine at hand, and `almostgpt info --check` whether it is right.
+kernels run when the `emulator` is forced. Every other device runs the `reference`, which is plain PyTorch.
+`almostgpt info` says what runs on the machine at hand, and `almostgpt info --check` whether it is right.
 """
 
 

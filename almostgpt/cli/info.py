@@ -137,6 +137,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("relu_squared", (x,), {}),
         ("kv_append", (token, token, token, layer), {"turns": turns}),
         ("decode_attention", (token, layer), {}),
+        ("sample", (x[0], ids, ids, ids), {"top_k": 50}),
     ]
 
 

@@ -145,6 +145,27 @@ def kv_cache() -> int:
     return 3 * len(capacities) * len(widths) * len(dtypes) * 4
 
 
+def sample() -> int:
+    """Rows of every alignment, in shared memory and beyond it; each way to filter."""
+    lengths, dtypes = (
+        [1, 7, 257, 5003, 50257, 70001],
+        [torch.float32, torch.bfloat16, torch.float16],
+    )
+    ways = [
+        {"temperature": 0},
+        {},
+        {"top_k": 50, "top_p": 0.9, "min_p": 0.01},
+        {"repetition_penalty": 1.3, "top_p": 0.7},
+    ]
+    for V, dtype, options in itertools.product(lengths, dtypes, ways):
+        wide = torch.randn(9, V + 3).to(dtype).cuda()
+        rows = tuple(torch.arange(9).cuda() + n for n in (5, 2**40, -3))
+        seen = (torch.rand(9, V) < 0.3).cuda() if "repetition_penalty" in options else None
+        for logits in (wide[:, :V].contiguous(), wide[:, 3:]):
+            kernels.sample(logits, *rows, seen=seen, logprobs=True, **options)
+    return 2 * len(lengths) * len(dtypes) * len(ways)
+
+
 # An op without a kernel of ours has nothing to watch.
 WORKLOADS = {
     "rms_norm": rms_norm,
@@ -154,6 +175,7 @@ WORKLOADS = {
     "rope": rope,
     "cross_entropy": cross_entropy,
     "kv_cache": kv_cache,
+    "sample": sample,
 }
 
 
