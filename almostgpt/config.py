@@ -205,10 +205,13 @@ def model_problems(model: GPTConfig) -> list[str]:
         problems.append(
             f"model.n_embd is {model.n_embd}, but model.position=sinusoidal needs an even one"
         )
-    known = ("none", "selective", "full")
-    if model.gradient_checkpointing not in known:
-        reason = not_one_of(model.gradient_checkpointing, known)
-        problems.append(f"model.gradient_checkpointing is {reason}")
+    choices = {
+        "gradient_checkpointing": ("none", "selective", "full"),
+        "quantize": ("none", "int8"),
+    }
+    for key, known in choices.items():
+        if (value := getattr(model, key)) not in known:
+            problems.append(f"model.{key} is {not_one_of(value, known)}")
     if not 0 <= model.dropout < 1:
         problems.append(f"model.dropout is {model.dropout}, but must be in [0, 1)")
     return problems

@@ -25,7 +25,6 @@ PARTS = {
     "feedforward": FEEDFORWARDS,
     "position": POSITIONS,
     "attention": ATTENTIONS,
-    "quantize": QUANTIZED,
 }
 
 
