@@ -7,7 +7,10 @@ import base64
 import torch
 from torch import Tensor
 
+from almostgpt.config import not_one_of
 from almostgpt.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,6 +37,16 @@ def pick_device(name: str) -> torch.device:
     raise UserError(
         f"device is {name!r}, which this torch cannot use here; auto picks what is there"
     )
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights: ``auto`` is bf16 on a GPU that computes in it, and fp32 elsewhere."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
+    if name not in PRECISIONS:
+        raise UserError(f"precision is {not_one_of(name, ['auto', *PRECISIONS])}")
+    return PRECISIONS[name]
 
 
 def random_state(device: torch.device) -> dict[str, str]:

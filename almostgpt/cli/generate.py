@@ -15,7 +15,7 @@ from almostgpt import checkpoint
 from almostgpt.cli.arguments import parse
 from almostgpt.cli.interactive import converse
 from almostgpt.data.tokenizer import Tokenizer
-from almostgpt.device import pick_device
+from almostgpt.device import pick_device, pick_precision
 from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
 from almostgpt.inference.cache_options import check_options
@@ -65,6 +65,7 @@ class GenerateArguments:
     window: int | None = None  # of a rolling cache: tokens that each one sees; null: block_size
     sink_tokens: int | None = None  # of them, from the very beginning of the text; null: 4
     quantize: str = "none"  # none | int8: linear layers in 8 bits, less to read for every token
+    precision: str = "auto"  # of the weights: auto (bf16 on a GPU, else fp32) | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
 
 
@@ -76,9 +77,10 @@ def run(arguments: list[str]) -> int:
     for terminal in (sys.stdin, sys.stdout):  # a character that it cannot show ends nothing
         if isinstance(terminal, io.TextIOWrapper):
             terminal.reconfigure(errors="replace")
-    model, tokenizer = checkpoint.load(
-        given.checkpoint, pick_device(given.device), quantize=given.quantize
-    )
+    device = pick_device(given.device)
+    precision = pick_precision(given.precision, device)
+    model, tokenizer = checkpoint.load(given.checkpoint, device, quantize=given.quantize)
+    model.to(precision)
     if given.interactive:
         converse(_conversation(model, tokenizer, given), prompts[0], _write)
     elif given.json or len(prompts) > 1:

@@ -283,6 +283,19 @@ def test_quantize_at_once_or_before(trained, capsys):
     assert "small/int8: already exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_weights_in_16_bits(trained, capsys, quantize):
+    options = ("--prompt=to be", "--max-tokens=8", "--temperature=0", f"--quantize={quantize}")
+    assert generate(*options, "--precision=bf16", "--json", "--logprobs") == 0
+    (ours,) = records(capsys)
+    model, _ = load("run", quantize=quantize)
+    ids = torch.tensor([[*b"to be", *ours["ids"]]])
+    logits = model(ids[:, :-1], all_logits=True)[0][0, 4:].log_softmax(-1)
+    expected = logits.gather(-1, ids[0, 5:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(ours["logprobs"]), expected, atol=0.1, rtol=0)
+    assert not torch.equal(torch.tensor(ours["logprobs"]), expected)
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -298,6 +311,7 @@ def test_quantize_at_once_or_before(trained, capsys):
         (["--min-p=2"], "min_p is 2.0"),
         (["--repetition-penalty=0"], "repetition_penalty is 0.0"),
         (["--sequence=-1"], "--sequence is -1"),
+        (["--precision=bf15"], "precision is 'bf15', .*did you mean bf16"),
         (["--quantize=int9"], "quantize is 'int9', .*did you mean int8"),
     ],
 )
