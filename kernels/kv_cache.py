@@ -34,12 +34,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from almostgpt.errors import UserError
+from almostgpt.kernels import kv_cache_cpu
 from almostgpt.kernels.attention_options import (
     check_scores,
     empty_heads_like,
     refuse_heads,
     refuse_scores,
 )
+from almostgpt.kernels.cpu import cpu_kernel
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.kv_cache_reference import Options, append, decode, decode_slots
@@ -341,6 +343,7 @@ KV_APPEND = Op(
     _check_append,
     (
         *csrc_kernels("kv_append", _refuse_append, _append_csrc),
+        cpu_kernel("kv_append", kv_cache_cpu.refuse_append, kv_cache_cpu.run_append),
         Kernel("reference", "plain PyTorch", lambda *a, **k: None, _append_reference),
     ),
 )
@@ -349,6 +352,7 @@ DECODE_ATTENTION = Op(
     _check_decode,
     (
         *csrc_kernels("decode_attention_sm80", _refuse_decode, _decode_csrc),
+        cpu_kernel("decode_attention", kv_cache_cpu.refuse_decode, kv_cache_cpu.run_decode),
         Kernel("reference", "plain PyTorch", lambda *a, **k: None, _decode_reference),
     ),
 )

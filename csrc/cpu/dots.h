@@ -22,11 +22,12 @@ using Dots = void (*)(const Weight* weight, int64_t weight_rows, int64_t columns
 struct DotKernels {
   Dots<float, float, float> float32;
   Dots<bf16, float, float> bfloat16;
+  Dots<int8_t, float, float> int8_float32;
   // The exact sums, so the same of every instruction set. x: within -32767 ... 32767.
   Dots<int8_t, int16_t, int64_t> int8;
 };
 
-const DotKernels& dot_kernels(InstructionSet set);
+const DotKernels& dot_kernels(InstructionSet set);  // one that is available
 
 // What each instruction set gives; only those that the library was compiled for exist.
 extern const DotKernels kPortableDots, kAvx2Dots, kAvx512Dots;

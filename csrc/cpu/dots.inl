@@ -1,11 +1,12 @@
-// The source of dots.h, for the lanes of one instruction set. Each dots_*.cpp includes the lanes it is
+// The source of dots.h, for the lanes of one instruction set. Each kernels_*.cpp includes the lanes it is
 // compiled for and then this; all names are in anonymous namespaces, so that no function compiled for one
 // instruction set can take the place of another's.
 //
 // The lanes are a `Lanes` with
 //   Floats, Integers                    vectors of kFloats float32 and of kIntegers / 2 int32
 //   kRows                               rows of x at once, as many as the registers hold
-//   Floats zero(), load(const float*), load(const bf16*), multiply_add(a, b, sum); float total(Floats)
+//   Floats zero(), repeat(float), load(p) of float, bf16 or int8_t, multiply_add(a, b, sum)
+//   store(float*, Floats), float total(Floats)
 //   Integers zero_integers(), widen(const int8_t*), load(const int16_t*)   kIntegers of 16 bits each
 //   Integers multiply_add_pairs(a, b, sum)   a[2i] b[2i] + a[2i+1] b[2i+1] added to 32-bit sum[i]
 //   int64_t total(Integers)             of 32-bit numbers
@@ -108,7 +109,8 @@ void dots(const Weight* weight, int64_t weight_rows, int64_t columns, const type
   }
 }
 
-constexpr DotKernels kDots{dots<FloatTraits, float>, dots<FloatTraits, bf16>, dots<IntegerTraits, int8_t>};
+constexpr DotKernels kDots{dots<FloatTraits, float>, dots<FloatTraits, bf16>, dots<FloatTraits, int8_t>,
+                           dots<IntegerTraits, int8_t>};
 
 }  // namespace
 }  // namespace almostgpt::cpu

@@ -19,6 +19,11 @@ struct Lanes {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static Floats load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Floats repeat(float x) { return _mm256_set1_ps(x); }
+  static void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
   static Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static float total(Floats a) {

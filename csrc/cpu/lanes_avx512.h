@@ -19,6 +19,11 @@ struct Lanes {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static Floats load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Floats repeat(float x) { return _mm512_set1_ps(x); }
+  static void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
   static Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static float total(Floats a) { return _mm512_reduce_add_ps(a); }

@@ -32,6 +32,13 @@ struct Lanes {
     }
     return result;
   }
+  static Floats load(const int8_t* p) {
+    Floats result;
+    for (int i = 0; i < kFloats; ++i) result.lane[i] = p[i];
+    return result;
+  }
+  static Floats repeat(float x) { return {{x, x, x, x}}; }
+  static void store(float* p, Floats a) { std::memcpy(p, a.lane, sizeof(a.lane)); }
   static Floats multiply_add(Floats a, Floats b, Floats sum) {
     for (int i = 0; i < kFloats; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
     return sum;

@@ -32,7 +32,7 @@ from kv_cache_truth import (
 
 from almostgpt.kernels import KVLayer, emulator
 
-EXAMPLES = {"reference": 100, "ops": 30, "emulator": 60, "cuda": 200}  # drawn, of each backend
+EXAMPLES = {"reference": 100, "ops": 30, "cpu": 100, "emulator": 60, "cuda": 200}  # drawn, of each backend
 
 
 # --- any combination -------------------------------------------------------------------------------
@@ -102,6 +102,13 @@ def test_any_combination_on_the_reference(data):
 @given(data=st.data())
 def test_any_combination_by_the_ops_of_a_cpu(data):
     feed_a_drawn_case("ops", data.draw)
+
+
+@pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+@settings(deadline=None, max_examples=EXAMPLES["cpu"])
+@given(data=st.data())
+def test_any_combination_in_cpp(data):
+    feed_a_drawn_case("cpu", data.draw)
 
 
 @pytest.mark.skipif(missing(CARDS[0]) is not None, reason=str(missing(CARDS[0])))

@@ -18,17 +18,19 @@ def param(backend):
 
 
 # "ops": what torch.ops.almostgpt has on a CPU, which stands in for the kernels under torch.compile.
-BACKENDS = [param(backend) for backend in ("reference", "ops", *CARDS, "cuda")]
+BACKENDS = [param(backend) for backend in ("reference", "ops", "cpu", *CARDS, "cuda")]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def dtypes_of(backend) -> list[torch.dtype]:
+    if backend == "cpu":
+        return [torch.float32]
     return ALL_DTYPES if backend in ("reference", "ops") else KERNEL_DTYPES
 
 
 def dtype_of(backend) -> torch.dtype:
     """One that shows every mistake: of a kernel its own."""
-    return torch.float32 if backend in ("reference", "ops") else torch.bfloat16
+    return torch.float32 if backend in ("reference", "ops", "cpu") else torch.bfloat16
 
 
 def device_of(backend) -> str:

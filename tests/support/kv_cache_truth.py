@@ -24,17 +24,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from almostgpt import kernels
-from almostgpt.kernels import KVLayer, emulator
+from almostgpt.kernels import KVLayer, cpu, emulator
 from almostgpt.kernels.rope import turns_of
 
 OPS = ("kv_append", "decode_attention")
 FLOAT32 = torch.finfo(torch.float32).eps
 
-Backend = str | tuple[int, int]  # "reference", "ops", "cuda", or the card that the emulator plays
+Backend = str | tuple[int, int]  # "reference", "ops", "cpu", "cuda", or the card that the emulator plays
 
 
 def missing(backend: Backend) -> str | None:
     """Why the two ops cannot run there, or None."""
+    if backend == "cpu":
+        return cpu.missing()
     if backend == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA GPU"
     if isinstance(backend, tuple):
