@@ -26,6 +26,12 @@ from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
+from almostgpt.kernels.int8_linear import (
+    INT8_LINEAR,
+    dequantize_rows,
+    int8_linear,
+    quantize_rows,
+)
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
@@ -45,6 +51,7 @@ OPS: dict[str, dispatch.Op] = {
         RELU_SQUARED,
         KV_APPEND,
         DECODE_ATTENTION,
+        INT8_LINEAR,
     )
 }
 
@@ -57,12 +64,15 @@ __all__ = [
     "build_info",
     "cross_entropy",
     "decode_attention",
+    "dequantize_rows",
     "emulator",
     "explain",
     "flash_attention",
     "gelu",
+    "int8_linear",
     "kv_append",
     "linear_cross_entropy",
+    "quantize_rows",
     "relu_squared",
     "rms_norm",
     "rope",

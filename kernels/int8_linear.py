@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from almostgpt.errors import UserError
+from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
+
+MAX_ROWS = 16  # of x, that the CUDA kernel takes at once
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -108,8 +111,49 @@ def reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = N
     return y.to(x.dtype)
 
 
+# --- torch.ops.almostgpt.int8_linear and torch.ops.almostgpt_emulator.int8_linear ----------------
+
+
+def _fake(x, weight, scales, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+define(
+    "int8_linear",
+    "(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
+    fake=_fake,
+    cpu=reference,
+)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+def _run_csrc(ops, x, weight, scales, bias=None):
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        bias = bias.float()
+    return ops.int8_linear(x, weight, scales, bias)
+
+
+def _refuse_card(card, x, weight, scales, bias=None) -> str | None:
+    N, K = weight.shape
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernel multiplies bfloat16 and float16, not {x.dtype}"
+    if K == 0 or K % 16:
+        return f"it reads 16 weights of a row at once, and rows of {K} are no multiple of that"
+    if x.numel() > MAX_ROWS * K:
+        return (
+            f"it is for the 1 to {MAX_ROWS} rows of a decoding step, and x has {x.numel() // K}: a "
+            "matrix product takes longer than reading the weight, and cuBLAS is better at it"
+        )
+    return None
+
+
 INT8_LINEAR = Op(
     "int8_linear",
     _check,
-    (Kernel("reference", "plain PyTorch", lambda *args, **kwargs: None, reference),),
+    (
+        *csrc_kernels("int8_linear_sm80", _refuse_card, _run_csrc),
+        Kernel("reference", "plain PyTorch", lambda *args, **kwargs: None, reference),
+    ),
 )
