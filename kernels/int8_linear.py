@@ -6,10 +6,13 @@ A row w of the weight, what one output is computed from, becomes
     q = round(w / s)         int8 in −127 … 127
 
 so no element is off by more than s / 2, a 254th of the largest of its row. The scale is applied to the
-sum, once for an output: y_n = s_n · Σ_k x_k q_nk + b_n. Activations stay floating-point numbers.
+sum, once for an output: y_n = s_n · Σ_k x_k q_nk + b_n. Activations stay floating-point numbers: a few
+of their columns are far larger than the others, and would take the 8 bits of all (LLM.int8()).
 
 Decoding reads every weight once for each token and computes next to nothing with it, so its time is
 that of the bytes: a quarter of float32's, half of bfloat16's.
+
+Source of the activations' outliers: Dettmers et al., "LLM.int8()", arXiv:2208.07339.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · (weight · scales)ᵀ + bias, for inference: it has no gradient.
 
+    Under autocast x is taken in autocast's dtype, as ``torch.nn.functional.linear`` takes it.
+
     Args:
         x: (..., K), floating point.
         weight: (N, K) int8, contiguous, as ``quantize_rows`` makes it.
@@ -42,7 +47,11 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
     Raises:
         UserError: shapes, dtypes or devices that do not fit together, or a gradient asked for.
     """
-    return INT8_LINEAR(x, weight, scales, bias)
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return INT8_LINEAR(x, weight, scales, bias)
+    with torch.autocast(device, enabled=False):
+        return INT8_LINEAR(x.to(torch.get_autocast_dtype(device)), weight, scales, bias)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,9 +69,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(len(weight))
     if not largest.isfinite().all():
         raise UserError("quantize_rows: the weight has elements that are not finite")
-    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    quantized = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return quantized, scales
+    scales = largest / 127
+    # Of zeros, or of numbers so small that a subnormal scale could not tell them apart.
+    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
+    quantized = (weight / scales[:, None]).round().clamp(-127, 127)
+    return quantized.to(torch.int8).contiguous(), scales
 
 
 def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,7 +116,13 @@ def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None
 
 def reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same in plain PyTorch; 16-bit x are multiplied in 16 bits, with float32 sums inside."""
-    y = F.linear(x, weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32)) * scales
+    weight = weight.to(x.dtype)
+    if x.dtype == torch.float16:
+        # Sums of codes go beyond float16 where y does not: 768 of them, x being 8, make 780,000. So of each
+        # scale a power of two goes into the codes, which it does not round.
+        units = scales.abs().log2().floor().clamp(-14, 8).exp2()
+        weight, scales = weight * units.to(x.dtype)[:, None], scales / units
+    y = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32)) * scales
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)

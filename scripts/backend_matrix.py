@@ -78,6 +78,11 @@ def _decode(empty: Empty, T=1, H=8, D=64, layer=None, **options) -> Call:
     return (q, _layer(q, **(layer or {}))), options
 
 
+def _int8_linear(empty: Empty, rows=1, K=1024, **options) -> Call:
+    weight, scales = empty(4096, K, dtype=torch.int8), empty(4096, dtype=torch.float32)
+    return (empty(rows, K), weight, scales), options
+
+
 _SINKS = {"window": 512, "sink_tokens": 4}
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
@@ -168,6 +173,13 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
             empty, new_lengths=empty(2, dtype=torch.int32)
         ),
         "heads of 264": lambda empty: _decode(empty, D=264),
+    },
+    "int8_linear": {
+        "one token": lambda empty: _int8_linear(empty),
+        "16 tokens": lambda empty: _int8_linear(empty, rows=16),
+        "17 tokens": lambda empty: _int8_linear(empty, rows=17),
+        "bias": lambda empty: _int8_linear(empty, bias=empty(4096)),
+        "rows of 1000": lambda empty: _int8_linear(empty, K=1000),
     },
 }
 
