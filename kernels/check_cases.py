@@ -16,6 +16,7 @@ from almostgpt.kernels.check_kv_cache import (
     plain_decode_attention,
     plain_kv_append,
 )
+from almostgpt.kernels.int8_linear import quantize_rows
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.rope import turns_of
 
@@ -364,6 +365,34 @@ _SAMPLE = Case(
 )
 
 
+def _plain_int8_linear(x, weight, scales, bias):
+    return ((x @ weight.to(x.dtype).t()).to(scales.dtype) * scales + bias).to(x.dtype)
+
+
+def _int8_linear_inputs(shape: Shape, normal) -> dict[str, Tensor]:
+    rows, K, N = shape
+    weight, scales = quantize_rows(normal((N, K)))
+    return {"x": normal((rows, K)), "weight": weight, "scales": scales, "bias": normal((N,))}
+
+
+def _int8_linear_work(shape: Shape) -> dict[str, Work]:
+    rows, K, N = shape
+    elements = rows * K + N + rows * N  # x, bias, y
+    return {"forward": Work(elements, 2 * rows * K * N, bytes=N * K + 4 * N)}
+
+
+_INT8_LINEAR = Case(
+    "int8_linear",
+    dimensions="ROWSxINPUTSxOUTPUTS",
+    inputs=_int8_linear_inputs,
+    plain=_plain_int8_linear,
+    outputs=("y",),
+    work=_int8_linear_work,
+    shapes={"cuda": (8, 8192, 28672), "cpu": (4, 768, 3072), "emulator": (3, 80, 50)},
+    gradients=False,
+)
+
+
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
     "rms_norm with a residual": _ADD_RMS_NORM,
@@ -387,4 +416,5 @@ CASES: dict[str, Case] = {
     "decode_attention, int8": _decode_attention(int8=True),
     "decode_attention, ring with sinks": _decode_attention(sinks=True),
     "sample, greedy": _SAMPLE,
+    "int8_linear": _INT8_LINEAR,
 }

@@ -78,14 +78,14 @@ def _decode(empty: Empty, T=1, H=8, D=64, layer=None, **options) -> Call:
     return (q, _layer(q, **(layer or {}))), options
 
 
-def _int8_linear(empty: Empty, rows=1, **options) -> Call:
-    weight, scales = empty(1024, 256, dtype=torch.int8), empty(1024, dtype=torch.float32)
-    return (empty(rows, 256), weight, scales), options
-
-
 def _sample(empty: Empty, V=1024, **options) -> Call:
     rows = (empty(8, dtype=torch.int64),) * 3
     return (empty(8, V), *rows), options
+
+
+def _int8_linear(empty: Empty, rows=1, K=1024, **options) -> Call:
+    weight, scales = empty(4096, K, dtype=torch.int8), empty(4096, dtype=torch.float32)
+    return (empty(rows, K), weight, scales), options
 
 
 _SINKS = {"window": 512, "sink_tokens": 4}
@@ -184,10 +184,6 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "16 rows": lambda empty: ((empty(16, 256), empty(1024, 256)), {}),
         "17 rows": lambda empty: ((empty(17, 256), empty(1024, 256)), {}),
     },
-    "int8_linear": {
-        "one row": lambda empty: _int8_linear(empty),
-        "many rows": lambda empty: _int8_linear(empty, rows=512),
-    },
     "sample": {
         "temperature": lambda empty: _sample(empty),
         "greedy": lambda empty: _sample(empty, temperature=0),
@@ -198,6 +194,13 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         ),
         "log-probabilities": lambda empty: _sample(empty, logprobs=True),
         "a vocabulary of 50257": lambda empty: _sample(empty, V=50257),
+    },
+    "int8_linear": {
+        "one token": lambda empty: _int8_linear(empty),
+        "16 tokens": lambda empty: _int8_linear(empty, rows=16),
+        "17 tokens": lambda empty: _int8_linear(empty, rows=17),
+        "bias": lambda empty: _int8_linear(empty, bias=empty(4096)),
+        "rows of 1000": lambda empty: _int8_linear(empty, K=1000),
     },
 }
 

@@ -90,6 +90,8 @@ EXPECTED = (
     Expectation(
         r"sample_(filtered_)?kernel<.*>", has="LDG.128 STG.64 STG.32 STG.8", lacks="STG.128"
     ),
+    # The weight of 8 bits comes in 16 bytes; scales are 32 bits, a bias may be 16.
+    Expectation(r"int8_linear_kernel<.*>", has="LDG.128 HMMA", lacks="LDG.8 LDG.64 STG.32"),
     # The example matrix products: the ways of sm_80 and of sm_90 to the tensor cores.
     Expectation(r"gemm_sm80_kernel<\w+>", has="LDGSTS LDSM HMMA", lacks="LDG.16 LDG.32"),
     Expectation(

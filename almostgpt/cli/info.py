@@ -126,6 +126,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
     ids = torch.zeros(64, device=device, dtype=torch.int64)
     layer = kernels.KVLayer.empty(1, 12, 64, 64, dtype=dtype, device=device)
     token, turns = q[:, :, :1], ids[:32]
+    codes = torch.zeros(768, 768, device=device, dtype=torch.int8)
     return [
         ("rms_norm", (x, torch.ones(768, device=device, dtype=dtype)), {}),
         ("rope", (q.transpose(1, 2), *(q.new_zeros(64, 32, dtype=torch.float32),) * 2), {}),
@@ -138,6 +139,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("kv_append", (token, token, token, layer), {"turns": turns}),
         ("decode_attention", (token, layer), {}),
         ("sample", (x[0], ids, ids, ids), {"top_k": 50}),
+        ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
     ]
 
 

@@ -166,6 +166,27 @@ def sample() -> int:
     return 2 * len(lengths) * len(dtypes) * len(ways)
 
 
+def int8_linear() -> int:
+    shapes = [
+        (1, 1, 16),
+        (3, 17, 48),
+        (8, 50, 80),
+        (9, 4801, 1600),
+        (16, 50257, 64),
+        (2, 768, 6400),
+    ]
+    dtypes = [torch.bfloat16, torch.float16]
+    for (rows, N, K), dtype in itertools.product(shapes, dtypes):
+        weight, scales = kernels.quantize_rows(torch.randn(N, K))
+        weight, scales = weight.cuda(), scales.cuda()
+        wide = torch.randn(rows, K + 11).to(dtype).cuda()
+        for bias in (None, torch.randn(N).cuda(), torch.randn(N).to(dtype).cuda()):
+            # A whole tensor, and rows that lie apart and start unaligned.
+            for x in (wide[:, 11:].contiguous(), wide[:, 11:]):
+                kernels.int8_linear(x, weight, scales, bias)
+    return 6 * len(shapes) * len(dtypes)
+
+
 # An op without a kernel of ours has nothing to watch.
 WORKLOADS = {
     "rms_norm": rms_norm,
@@ -176,6 +197,7 @@ WORKLOADS = {
     "cross_entropy": cross_entropy,
     "kv_cache": kv_cache,
     "sample": sample,
+    "int8_linear": int8_linear,
 }
 
 
