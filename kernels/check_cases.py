@@ -53,6 +53,7 @@ class Case:
         constants: more of them: the tensors that have no gradient, by name, from a shape.
         output: the shape of each output.
         gradients: whether the op has any; otherwise only what it gives is checked.
+        rounding: by backend, the share of the largest value that its own rounding may add.
         writes: whether it writes into its ``KVLayer``, whose keys and values then are outputs too.
     """
 
@@ -67,6 +68,7 @@ class Case:
     constants: Callable[[Shape], dict[str, Tensor]] = lambda shape: {}
     output: Callable[[Shape], Shape] = lambda shape: shape
     gradients: bool = True
+    rounding: dict[str, float] = field(default_factory=dict)
     writes: bool = False
 
 
@@ -365,6 +367,27 @@ _SAMPLE = Case(
 )
 
 
+_LINEAR = Case(
+    "linear",
+    dimensions="ROWSxINPUTSxOUTPUTS",
+    inputs=lambda shape, normal: {
+        "x": normal((shape[0], shape[1])),
+        "weight": normal((shape[2], shape[1])),
+        "bias": normal((shape[2],)),
+    },
+    plain=lambda x, weight, bias: x @ weight.t() + bias,
+    outputs=("y",),
+    work=lambda shape: {
+        "forward": Work(
+            shape[0] * (shape[1] + shape[2]) + shape[1] * shape[2], 2 * math.prod(shape)
+        )
+    },
+    shapes={"cuda": (8, 8192, 28672), "cpu": (1, 768, 3072), "emulator": (1, 80, 50)},
+    output=lambda shape: (shape[0], shape[2]),
+    gradients=False,
+)
+
+
 def _plain_int8_linear(x, weight, scales, bias):
     return ((x @ weight.to(x.dtype).t()).to(scales.dtype) * scales + bias).to(x.dtype)
 
@@ -389,6 +412,7 @@ _INT8_LINEAR = Case(
     outputs=("y",),
     work=_int8_linear_work,
     shapes={"cuda": (8, 8192, 28672), "cpu": (4, 768, 3072), "emulator": (3, 80, 50)},
+    rounding={"cpu": 1e-4},  # x in 16 bits: a 65534th of its largest element, see docs/cpu.md
     gradients=False,
 )
 
@@ -416,5 +440,6 @@ CASES: dict[str, Case] = {
     "decode_attention, int8": _decode_attention(int8=True),
     "decode_attention, ring with sinks": _decode_attention(sinks=True),
     "sample, greedy": _SAMPLE,
+    "linear": _LINEAR,
     "int8_linear": _INT8_LINEAR,
 }

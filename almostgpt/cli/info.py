@@ -139,6 +139,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("kv_append", (token, token, token, layer), {"turns": turns}),
         ("decode_attention", (token, layer), {}),
         ("sample", (x[0], ids, ids, ids), {"top_k": 50}),
+        ("linear", (x[:, 0], x[0]), {}),
         ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
     ]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tape import tape
 
 from almostgpt import GPT, GPTConfig
 from almostgpt.errors import UserError
@@ -11,7 +12,6 @@ from almostgpt.inference.cache import KVCache
 from almostgpt.inference.decoder import Decoder
 from almostgpt.inference.generate import stream
 from almostgpt.inference.sampling import Sampling
-from tests.support.tape import tape
 
 POSITIONS = ["rope", "learned"]
 
