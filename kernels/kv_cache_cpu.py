@@ -16,7 +16,7 @@ from almostgpt.kernels.kv_cache_reference import Options
 from almostgpt.kernels.kv_layer import KVLayer
 
 
-def _append_fake(q, k, v, keys, values, ks, vs, lengths, new_lengths, turns, sinks, reach, two):
+def _append_fake(q, k, v, keys, values, ks, vs, lengths, new_lengths, turns, sinks, reach, two, _):
     nothing = q.new_empty(0)
     if turns is None:
         return nothing, nothing.clone()
@@ -31,7 +31,7 @@ cpu.define(
     "cpu_kv_append",
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scales, "
     "Tensor(d!)? value_scales, Tensor lengths, Tensor? new_lengths, Tensor? turns, int sink_tokens, "
-    "int reach, bool two) -> (Tensor q_out, Tensor q_sink)",
+    "int reach, bool two, int instruction_set) -> (Tensor q_out, Tensor q_sink)",
     fake=_append_fake,
 )
 cpu.define(
@@ -51,7 +51,7 @@ def run_append(q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, *, new_lengths=N
     two = turns is not None and layer.window is not None and layer.sink_tokens > 0
     rotated, rotated_sink = torch.ops.almostgpt.cpu_kv_append.default(
         *(q, k, v, layer.keys, layer.values, layer.key_scales, layer.value_scales),
-        *(layer.lengths, new_lengths, turns, layer.sink_tokens, layer.reach, two),
+        *(layer.lengths, new_lengths, turns, layer.sink_tokens, layer.reach, two, cpu.BEST),
     )
     if turns is None:
         return q, q
@@ -84,6 +84,9 @@ def refuse_append(q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, *, new_length
 
 def refuse_decode(q: Tensor, layer: KVLayer, *, q_sink=None, new_lengths=None, **options):
     """Why the kernel cannot serve, or None."""
+    scale, softcap, *_ = Options(**options)
+    if 0 < softcap < 1e-30 or (scale is not None and scale > 1e30):
+        return "the C++ kernels compute in float32: softcaps below 1e-30 and scales above 1e30 leave it"
     return _refuse(q, layer, new_lengths, None)
 
 

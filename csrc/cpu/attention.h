@@ -1,4 +1,4 @@
-// What attention over a cache needs beside the dot products of dots.h: exponentials, and sums of values.
+// What attention over a cache needs beside the dot products of dots.h: exponentials, sums of values, rotations.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,9 @@ struct AttentionKernels {
   AddWeighted<int8_t> int8;
   // scores[i] = exp(scores[i] - largest), and their sum; 0 of what is below -87. No score is above `largest`.
   float (*exponentials)(float* scores, int64_t count, float largest);
+  // y[i] = x[i] c[i] - x[i + half] s[i], y[i + half] = x[i + half] c[i] + x[i] s[i]: the first product rounded,
+  // the second added to it without, where there are such instructions. kernels/rope.py gives the same bits.
+  void (*turn)(const float* x, const float* cosines, const float* sines, int64_t half, float* y);
 };
 
 const AttentionKernels& attention_kernels(InstructionSet set);  // one that is available

@@ -91,7 +91,22 @@ float exponentials(float* scores, int64_t count, float largest) {
   return sum;
 }
 
-constexpr AttentionKernels kAttention{add_weighted<float>, add_weighted<int8_t>, exponentials};
+inline float multiply_add(float a, float b, float sum) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return a * b + sum;
+#endif
+}
+
+void turn(const float* x, const float* cosines, const float* sines, int64_t half, float* y) {
+  for (int64_t i = 0; i < half; ++i) {
+    y[i] = multiply_add(-x[i + half], sines[i], x[i] * cosines[i]);
+    y[i + half] = multiply_add(x[i], sines[i], x[i + half] * cosines[i]);
+  }
+}
+
+constexpr AttentionKernels kAttention{add_weighted<float>, add_weighted<int8_t>, exponentials, turn};
 
 }  // namespace
 }  // namespace almostgpt::cpu

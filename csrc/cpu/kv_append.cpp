@@ -25,13 +25,9 @@ struct Rotation {
     }
   }
 
-  void turn(const float* x, int64_t columns, float* y) const {
+  void turn(const AttentionKernels& kernels, const float* x, int64_t columns, float* y) const {
     const int64_t half = cosines.size();
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = x[i], b = x[i + half];
-      y[i] = a * cosines[i] - b * sines[i];
-      y[i + half] = b * cosines[i] + a * sines[i];
-    }
+    kernels.turn(x, cosines.data(), sines.data(), half, y);
     std::memcpy(y + 2 * half, x + 2 * half, (columns - 2 * half) * sizeof(float));
   }
 };
@@ -59,7 +55,7 @@ void store(const float* x, int64_t columns, void* slots, float* scales, int64_t 
 
 }  // namespace
 
-void append_tokens(const Append& append, int64_t begin, int64_t end) {
+void append_tokens(const AttentionKernels& kernels, const Append& append, int64_t begin, int64_t end) {
   const CacheSlots& slots = append.slots;
   const int64_t D = append.head_dim, T = append.tokens, S = slots.sinks;
   Rotation own, near_sinks;
@@ -72,8 +68,8 @@ void append_tokens(const Append& append, int64_t begin, int64_t end) {
       for (int64_t head = 0; head < append.heads; ++head) {
         const float* const q = append.q.row(b, head, t);
         const int64_t row = (b * append.heads + head) * T + t;
-        own.turn(q, D, append.q_out + row * D);
-        if (append.q_sink) near_sinks.turn(q, D, append.q_sink + row * D);
+        own.turn(kernels, q, D, append.q_out + row * D);
+        if (append.q_sink) near_sinks.turn(kernels, q, D, append.q_sink + row * D);
       }
     }
     if (append.new_lengths && t >= append.new_lengths[b]) continue;
@@ -82,7 +78,7 @@ void append_tokens(const Append& append, int64_t begin, int64_t end) {
       const int64_t row = (b * slots.kv_heads + head) * slots.capacity + slot;
       const float* k = append.k.row(b, head, t);
       if (append.turns) {
-        own.turn(k, D, turned.data());
+        own.turn(kernels, k, D, turned.data());
         k = turned.data();
       }
       store(k, D, slots.keys, slots.key_scales, row, slots.width);

@@ -43,7 +43,7 @@ struct Append {
 };
 
 // Stores and turns the tokens [begin, end) of all B * T.
-void append_tokens(const Append& append, int64_t begin, int64_t end);
+void append_tokens(const AttentionKernels& kernels, const Append& append, int64_t begin, int64_t end);
 
 struct Decode {
   CacheSlots slots;

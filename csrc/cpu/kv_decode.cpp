@@ -98,12 +98,16 @@ void decode_head(Dots<Slot, float, float> products, const AttentionKernels& atte
       }
     }
     column = 0;
-    for (const Run& run : runs)
-      for (int64_t n = 0; n < run.count; n += kPart) {
-        const int64_t count = std::min(kPart, run.count - n);
-        add_weighted(scores.data() + column, keys, rows, v + (run.slot + n) * width, count, width, sums.data());
-        column += count;
-      }
+    for (size_t i = 0; i < runs.size();) {
+      // A ring that begins right after the sinks goes on from them, so that sums are those without sinks.
+      const int64_t slot = runs[i].slot;
+      int64_t count = runs[i].count;
+      while (++i < runs.size() && runs[i].slot == slot + count) count += runs[i].count;
+      for (int64_t n = 0; n < count; n += kPart)
+        add_weighted(scores.data() + column + n, keys, rows, v + (slot + n) * width, std::min(kPart, count - n),
+                     width, sums.data());
+      column += count;
+    }
   }
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t head = kv_head * group + row / T, t = row % T;

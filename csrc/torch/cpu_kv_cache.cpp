@@ -66,7 +66,7 @@ Tensor in_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x 
 std::tuple<Tensor, Tensor> kv_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values_,
                                      Optional key_scales, Optional value_scales, const Tensor& lengths,
                                      const Optional& new_lengths, const Optional& turns, int64_t sinks, int64_t reach,
-                                     bool two) {
+                                     bool two, int64_t instruction_set) {
   constexpr const char* op = "cpu_kv_append";
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
   const CacheSlots slots = slots_of(op, q, keys, values_, key_scales, value_scales, lengths, sinks, reach);
@@ -86,9 +86,11 @@ std::tuple<Tensor, Tensor> kv_append(const Tensor& q, const Tensor& k, const Ten
   append.rotated = 2 * half;
   append.q_out = turns ? mutable_data<float>(q_out) : nullptr;
   append.q_sink = turns && two ? mutable_data<float>(q_sink) : nullptr;
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels(instruction_set_of(op, instruction_set));
   constexpr int64_t tokens_of_a_thread = 8;
-  torch::stable::parallel_for(0, B * T, tokens_of_a_thread,
-                              [&](int64_t begin, int64_t end) { cpu::append_tokens(append, begin, end); });
+  torch::stable::parallel_for(0, B * T, tokens_of_a_thread, [&](int64_t begin, int64_t end) {
+    cpu::append_tokens(kernels, append, begin, end);
+  });
   return {q_out, q_sink};
 }
 
