@@ -133,7 +133,11 @@ def _accuracies(names, got, same, exact) -> list[Accuracy]:
     accuracies = []
     # What a sum leaves where its terms cancel is rounding of the terms, in float32: of the size of
     # the largest value anywhere, so far as that is known.
-    residue = 4 * torch.finfo(torch.float32).eps * max(_largest(t) for t in exact if t.is_floating_point())
+    residue = (
+        4
+        * torch.finfo(torch.float32).eps
+        * max(_largest(t) for t in exact if t.is_floating_point())
+    )
     for name, ours, plain, truth in zip(names, got, same, exact, strict=True):
         plain_error = _largest(_exact(plain) - truth)
         if not math.isfinite(plain_error):  # it overflows in float16, which excuses nothing

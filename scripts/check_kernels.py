@@ -87,7 +87,9 @@ EXPECTED = (
         lacks="LDG.16 STG.16",
     ),
     # Sampling: a row comes in 16 bytes, but for its ends.
-    Expectation(r"sample_(filtered_)?kernel<.*>", has="LDG.128 STG.64 STG.32 STG.8", lacks="STG.128"),
+    Expectation(
+        r"sample_(filtered_)?kernel<.*>", has="LDG.128 STG.64 STG.32 STG.8", lacks="STG.128"
+    ),
     # The example matrix products: the ways of sm_80 and of sm_90 to the tensor cores.
     Expectation(r"gemm_sm80_kernel<\w+>", has="LDGSTS LDSM HMMA", lacks="LDG.16 LDG.32"),
     Expectation(

@@ -147,7 +147,10 @@ def kv_cache() -> int:
 
 def sample() -> int:
     """Rows of every alignment, in shared memory and beyond it; each way to filter."""
-    lengths, dtypes = [1, 7, 257, 5003, 50257, 70001], [torch.float32, torch.bfloat16, torch.float16]
+    lengths, dtypes = (
+        [1, 7, 257, 5003, 50257, 70001],
+        [torch.float32, torch.bfloat16, torch.float16],
+    )
     ways = [
         {"temperature": 0},
         {},
