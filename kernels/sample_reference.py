@@ -175,10 +175,17 @@ def philox(
     a, b, c, d = counter
     k, m = key
     for _ in range(_ROUNDS):
-        # The product of two 32-bit words wraps around at 2^64, and a shift fills with the sign: of
-        # both halves the mask leaves what is right.
-        left, right = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b = right >> 32 & _MASK ^ b ^ k, right & _MASK
-        c, d = left >> 32 & _MASK ^ d ^ m, left & _MASK
-        k, m = k + _WEYL[0] & _MASK, m + _WEYL[1] & _MASK
+        (left_high, left_low), (right_high, right_low) = map(_product, (a, c), _MULTIPLIERS)
+        a, b, c, d = right_high ^ b ^ k, right_low, left_high ^ d ^ m, left_low
+        k, m = (k + _WEYL[0]) & _MASK, (m + _WEYL[1]) & _MASK
     return a, b, c, d
+
+
+def _product(word: Tensor, odd: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of a 32-bit word times an odd one.
+
+    Of word − 2³¹, since the whole product overflows int64, which C++ leaves undefined: compiled by
+    Inductor it came out wrong. What is missing is (odd >> 1) · 2³² + 2³¹.
+    """
+    product = (word - 2**31) * odd + 2**31
+    return ((product >> 32) + (odd >> 1)) & _MASK, product & _MASK

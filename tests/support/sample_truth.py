@@ -59,13 +59,13 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
 
 def noise(V: int, position: int, seed: int, sequence: int) -> np.ndarray:
     """(V,) float64 Gumbel noise."""
-    low_high = [(x % 2**64) % 2**32 for x in (sequence,)] + [(sequence % 2**64) >> 32]
-    key = (seed % 2**64 % 2**32, (seed % 2**64) >> 32)
-    words = [
-        word
-        for block in range(-(-V // 4))
-        for word in philox((block, position % 2**32, *low_high), key)
-    ]
+
+    def halves(x: int) -> tuple[int, int]:
+        return x % 2**32, x % 2**64 >> 32
+
+    words = []
+    for block in range(-(-V // 4)):
+        words += philox((block, position % 2**32, *halves(sequence)), halves(seed))
     v = (np.array(words[:V], dtype=np.float64) + 0.5) / 2**32
     return -np.log(-np.log1p(-v))
 
@@ -97,7 +97,7 @@ def kept(values, temperature, top_k=None, top_p=None, min_p=None, nudge=0.0) -> 
         first = int(np.searchsorted(share, top_p * (1 + nudge)))
         keep &= values >= order[min(first, len(order) - 1)]
     if min_p:
-        keep &= mass >= min_p * (1 - nudge)
+        keep &= mass >= min(min_p * (1 - nudge), 1.0)
     return keep
 
 
