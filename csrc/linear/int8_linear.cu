@@ -58,46 +58,47 @@ KERNEL LAUNCH_BOUNDS(32 * Tile::most_warps, Tile::blocks) int8_linear_kernel(GRI
   const int g = lane_id() / 4, t = lane_id() % 4;
   const int64_t first_row = static_cast<int64_t>(block_x()) * Tile::rows;
 
+  const int height = static_cast<int>(a.outputs - first_row);  // rows from here on, of which the block has some
+
   // Used last, and asked for first: the sums must not wait for them.
   Pair scale_bias{};
-  if (const int64_t n = first_row + thread_id(); thread_id() < Tile::rows && n < a.outputs) {
+  if (const int64_t n = first_row + thread_id(); thread_id() < min(height, Tile::rows)) {
     scale_bias.x = load_global<Cache::read_only>(a.scales + n);
     if (a.bias) scale_bias.y = to_float(load_global<Cache::read_only>(a.bias + n));
     if (a.wide_bias) scale_bias.y = load_global<Cache::read_only>(a.wide_bias + n);
   }
 
-  // Rows that are not there have no columns.
+  // Where this lane's columns begin, in each row. These go on by a round at a time: the compiler would compute
+  // an address from its row anew for each load, which was up to a third of the instructions of a round.
   const int first = warp_id() * a.warp_columns, end = min(first + a.warp_columns, a.columns);
   Global<const int8_t> weight[groups];
   Global<const T> x[x_tiles];
-  int weight_end[groups], x_end[x_tiles];
-  UNROLL for (int i = 0; i < groups; ++i) {
-    const int64_t row = first_row + i * kGroupRows + g;
-    weight[i] = a.weight + row * a.columns;
-    weight_end[i] = row < a.outputs ? end : 0;
-  }
-  UNROLL for (int i = 0; i < x_tiles; ++i) {
-    x[i] = a.x + (8 * i + g) * a.x_stride;
-    x_end[i] = 8 * i + g < a.rows ? end : 0;
-  }
+  UNROLL for (int i = 0; i < groups; ++i)
+    weight[i] = a.weight + (first_row + i * kGroupRows + g) * a.columns + first + 16 * t;
+  UNROLL for (int i = 0; i < x_tiles; ++i) x[i] = a.x + (8 * i + g) * a.x_stride + first + 16 * t;
 
   // An instruction waits for the one that it adds to: so even and odd j have sums of their own, unless there
   // are four others to go on with (whose registers sm_100 would have spilled).
   constexpr int chains = tiles * x_tiles < 4 ? 2 : 1;
   float sums[chains][tiles][x_tiles][4] = {};
+  constexpr int round = Tile::steps * kStepColumns;
   UNROLL_BY(1)
-  for (int start = first; start < end; start += Tile::steps * kStepColumns) {
+  for (int start = first; start < end; start += round) {
+    const int ahead = end - start - 16 * t;  // columns from this lane's first on
     u32x4 codes[Tile::steps][groups] = {}, values[Tile::steps][x_tiles][2] = {};
     UNROLL for (int s = 0; s < Tile::steps; ++s) {
-      const int k = start + s * kStepColumns + 16 * t;
+      const int k = s * kStepColumns;
       UNROLL for (int i = 0; i < groups; ++i)
-        if (k < weight_end[i]) codes[s][i] = load_global_as<u32x4, Cache::streaming>(weight[i] + k);
+        if (i * kGroupRows + g < height && k < ahead)
+          codes[s][i] = load_global_as<u32x4, Cache::streaming>(weight[i] + k);
       UNROLL for (int i = 0; i < x_tiles; ++i)
-        if (k < x_end[i]) {
+        if (8 * i + g < a.rows && k < ahead) {
           values[s][i][0] = load_global_as<u32x4, Cache::read_only>(x[i] + k);
           values[s][i][1] = load_global_as<u32x4, Cache::read_only>(x[i] + k + 8);
         }
     }
+    UNROLL for (int i = 0; i < groups; ++i) weight[i] = weight[i] + round;
+    UNROLL for (int i = 0; i < x_tiles; ++i) x[i] = x[i] + round;
     UNROLL for (int s = 0; s < Tile::steps; ++s)
       UNROLL for (int j = 0; j < 4; ++j)
         UNROLL for (int r = 0; r < tiles; ++r) {
@@ -130,7 +131,7 @@ KERNEL LAUNCH_BOUNDS(32 * Tile::most_warps, Tile::blocks) int8_linear_kernel(GRI
   constexpr int width = min(Tile::rows, 16);  // neighbouring lanes write so many neighbouring n
   for (int i = thread_id(); i < Tile::rows * Tile::x_rows; i += block_size()) {
     const int m = i / width % Tile::x_rows, n = i / (width * Tile::x_rows) * width + i % width;
-    if (m >= a.rows || first_row + n >= a.outputs) continue;
+    if (m >= a.rows || n >= height) continue;
     float sum = 0.0f;
     for (int warp = 0; warp < warps; ++warp) sum += load_shared<float>(sums_of.at(warp, n, m));
     const Pair pair = load_shared<Pair>(scales + n * sizeof(Pair));

@@ -8,7 +8,7 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["kv_cache.md"])
+@pytest.mark.parametrize("page", ["int8_linear.md", "kv_cache.md"])
 def test_snippets_run(page, capsys):
     text = (DOCS / page).read_text()
     snippets = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.S)
