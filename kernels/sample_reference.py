@@ -187,5 +187,5 @@ def _product(word: Tensor, odd: int) -> tuple[Tensor, Tensor]:
     Of word − 2³¹, since the whole product overflows int64, which C++ leaves undefined: compiled by
     Inductor it came out wrong. What is missing is (odd >> 1) · 2³² + 2³¹.
     """
-    product = (word - 2**31) * odd + 2**31
-    return ((product >> 32) + (odd >> 1)) & _MASK, product & _MASK
+    product = (word - 2**31).mul_(odd).add_(2**31)
+    return (product >> 32).add_(odd >> 1).bitwise_and_(_MASK), product.bitwise_and_(_MASK)

@@ -60,15 +60,13 @@ struct LogSum {
   DEVICE float log_probability(float logit) const { return (logit - largest) - kLn2 * log2_approx(sum); }
 };
 
-constexpr int kMaxWarps = 32, kMaxWords = 10;
-constexpr uint32_t kMergeBytes = kMaxWarps * kMaxWords * 4;
+template <class S> constexpr int kWords = sizeof(S) / 4;
 
 template <class S> DEVICE S warp_merge(S mine) {
-  constexpr int n = sizeof(S) / 4;
   UNROLL for (int bits = 16; bits > 0; bits /= 2) {
-    uint32_t words[n];
+    uint32_t words[kWords<S>];
     memcpy(words, &mine, sizeof(S));
-    UNROLL for (int i = 0; i < n; ++i) words[i] = shfl_xor(words[i], bits);
+    UNROLL for (int i = 0; i < kWords<S>; ++i) words[i] = shfl_xor(words[i], bits);
     S other;
     memcpy(&other, words, sizeof(S));
     mine.merge(other);
@@ -76,24 +74,36 @@ template <class S> DEVICE S warp_merge(S mine) {
   return mine;
 }
 
-// In all threads. One barrier: what is merged next goes through the other of two places, since a warp may
-// be a whole merge ahead of another that still reads.
-template <class S> DEVICE S block_merge(S mine, shared_addr place) {
-  constexpr int n = sizeof(S) / 4;
-  static_assert(n <= kMaxWords);
+// Shared memory of a merge: a column for each warp, and one for the outcome.
+constexpr int kMaxWarps = 32, kMaxWords = 16, kColumns = kMaxWarps + 1;
+constexpr uint32_t kMergeBytes = (kMaxWords * kColumns * 4 + 15) / 16 * 16;
+
+// In all threads, over the warps by the first of them: shuffles have one unit, and all warps doing the same
+// would wait for it.
+template <class S> DEVICE S block_merge(S mine) {
+  static_assert(kWords<S> <= kMaxWords);
+  const auto place = [](int word, int column) { return shared_base() + 4 * (word * kColumns + column); };
+  const auto store = [&](const S& from, int column) {
+    uint32_t words[kWords<S>];
+    memcpy(words, &from, sizeof(S));
+    UNROLL for (int i = 0; i < kWords<S>; ++i) store_shared(place(i, column), words[i]);
+  };
+  const auto load = [&](int column) {
+    uint32_t words[kWords<S>];
+    UNROLL for (int i = 0; i < kWords<S>; ++i) words[i] = load_shared<uint32_t>(place(i, column));
+    S found;
+    memcpy(&found, words, sizeof(S));
+    return found;
+  };
   mine = warp_merge(mine);
-  uint32_t words[n];
-  if (lane_id() == 0) {
-    memcpy(words, &mine, sizeof(S));
-    UNROLL for (int i = 0; i < n; ++i) store_shared(place + 4 * (i * kMaxWarps + warp_id()), words[i]);
+  if (lane_id() == 0) store(mine, warp_id());
+  cta_sync();
+  if (warp_id() == 0) {
+    S all = warp_merge(lane_id() < block_size() / 32 ? load(lane_id()) : S());
+    if (lane_id() == 0) store(all, kMaxWarps);
   }
   cta_sync();
-  S one{};
-  if (lane_id() < block_size() / 32) {
-    UNROLL for (int i = 0; i < n; ++i) words[i] = load_shared<uint32_t>(place + 4 * (i * kMaxWarps + lane_id()));
-    memcpy(&one, words, sizeof(S));
-  }
-  return warp_merge(one);
+  return load(kMaxWarps);
 }
 
 }  // namespace almostgpt

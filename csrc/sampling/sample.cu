@@ -12,7 +12,6 @@ namespace almostgpt {
 namespace {
 
 constexpr int kMaxThreads = 32 * kMaxWarps;
-constexpr uint32_t kScratchBytes = 2 * kMergeBytes;
 
 template <class T>
 struct SampleArgs {
@@ -120,7 +119,7 @@ KERNEL LAUNCH_BOUNDS(kMaxThreads, 1) sample_kernel(GRID_CONSTANT const SampleArg
       UNROLL for (int i = 0; i < width; ++i) found.best.offer(values[i], 0.0f, first + i);
     }
   }
-  found = block_merge(found, shared_base());
+  found = block_merge(found);
   finish(a, row, found.best, found.total);
 }
 
@@ -128,12 +127,12 @@ KERNEL LAUNCH_BOUNDS(kMaxThreads, 1) sample_kernel(GRID_CONSTANT const SampleArg
 
 // What the first pass over a row finds.
 struct Survey {
-  float largest = -INFINITY;  // after the penalty
+  float largest = -INFINITY, least = INFINITY;  // after the penalty; of those above -inf
   int first_nan = 0x7fffffff;
   LogSum total;
 
   DEVICE void merge(const Survey& other) {
-    largest = max(largest, other.largest);
+    largest = max(largest, other.largest), least = min(least, other.least);
     first_nan = min(first_nan, other.first_nan);
     total.merge(other.total);
   }
@@ -146,9 +145,8 @@ KERNEL LAUNCH_BOUNDS(kMaxThreads, 1) sample_filtered_kernel(GRID_CONSTANT const 
   constexpr int width = Row<T>::width;
   const Row<T> row = a.row();
   const int vectors = row.vectors();
-  Places places{shared_base()};
   // Quarter q of vector v: side by side with its neighbours', so that no banks conflict.
-  const auto quarter = [&](int v, int q) { return shared_base() + kScratchBytes + 16 * (q * vectors + v); };
+  const auto quarter = [&](int v, int q) { return shared_base() + kMergeBytes + 16 * (q * vectors + v); };
 
   Survey survey;
   for (int v = thread_id(); v < vectors; v += block_size()) {
@@ -158,6 +156,7 @@ KERNEL LAUNCH_BOUNDS(kMaxThreads, 1) sample_filtered_kernel(GRID_CONSTANT const 
     row.penalise(v, values);
     UNROLL for (int i = 0; i < width; ++i) {
       survey.largest = max(survey.largest, values[i]);
+      if (values[i] > -INFINITY) survey.least = min(survey.least, values[i]);
       if (values[i] != values[i]) survey.first_nan = min(survey.first_nan, row.first_id(v) + i);
     }
     if constexpr (in_shared) {
@@ -165,7 +164,7 @@ KERNEL LAUNCH_BOUNDS(kMaxThreads, 1) sample_filtered_kernel(GRID_CONSTANT const 
         store_shared(quarter(v, q), f32x4{values[4 * q], values[4 * q + 1], values[4 * q + 2], values[4 * q + 3]});
     }
   }
-  survey = block_merge(survey, places.next());
+  survey = block_merge(survey);
   const float largest = survey.largest;
   Choice best;
   if (survey.first_nan < a.length) {
@@ -191,26 +190,31 @@ KERNEL LAUNCH_BOUNDS(kMaxThreads, 1) sample_filtered_kernel(GRID_CONSTANT const 
     }
   };
 
-  float lowest = -INFINITY;
+  float lowest = survey.least;
   const uint32_t end = key_of(largest) + 1;
   if (a.top_k > 0) {
-    const Goal goal{static_cast<float>(a.top_k), 0.0f};
-    lowest = threshold(each, [](float) { return 1.0f; }, key_of(lowest), end, goal, places);
+    const auto one = [](float) { return 1u; };
+    const auto k = [&](uint32_t) { return static_cast<uint32_t>(a.top_k); };
+    lowest = threshold<uint32_t>(each, one, k, key_of(lowest), end);
   }
   if (a.top_p < 1.0f) {
+    // In units of 2^-39 of the largest one's, so that 2^24 of them fit into 64 bits.
     const float scale = kLog2e / a.temperature;
-    const auto mass = [&](float value) { return value == largest ? 1.0f : exp2_approx((value - largest) * scale); };
-    lowest = threshold(each, mass, key_of(lowest), end, Goal{0.0f, a.top_p}, places);
+    const auto mass = [&](float value) {
+      return static_cast<uint64_t>(549755813888.0f * (value == largest ? 1.0f : exp2_approx((value - largest) * scale)));
+    };
+    const auto share = [&](uint64_t all) { return static_cast<uint64_t>(static_cast<double>(all) * a.top_p); };
+    lowest = threshold<uint64_t>(each, mass, share, key_of(lowest), end);
   }
 
   const Scaling scaling(a.temperature);
   const Stream stream = a.stream();
   each([&](int id, float value) {
-    if (value < lowest || value == -INFINITY) return;
+    if (value < lowest) return;
     if (value != largest && (value - largest) / a.temperature < a.log_min_p) return;
     best.offer(value * scaling.logit, stream.noise(id) * scaling.noise, id);
   });
-  finish(a, row, block_merge(best, places.next()), survey.total);
+  finish(a, row, block_merge(best), survey.total);
 }
 
 template <class T> int sample(const SampleInputs& in, const SampleOptions& options, const SampleOutputs& out, void* stream) {
@@ -230,13 +234,13 @@ template <class T> int sample(const SampleInputs& in, const SampleOptions& optio
 
   const int vectors = (in.length + width - 1) / width + 1;  // one more where a row begins within one
   const int threads = vectors < kMaxThreads ? (vectors + 31) / 32 * 32 : kMaxThreads;
-  LaunchShape shape{{static_cast<unsigned>(in.rows)}, threads, kScratchBytes};
+  LaunchShape shape{{static_cast<unsigned>(in.rows)}, threads, kMergeBytes};
   if (options.temperature == 0.0f) return launch<sample_kernel<T, false>>(shape, stream, args);
   if (args.top_k == 0 && args.top_p >= 1.0f && options.min_p <= 0.0f)
     return launch<sample_kernel<T, true>>(shape, stream, args);
   Card card;
   if (const int error = current_card(card)) return error;
-  const int64_t whole = kScratchBytes + int64_t{vectors} * width * 4;
+  const int64_t whole = kMergeBytes + int64_t{vectors} * width * 4;
   if (whole > card.shared_bytes_per_block) return launch<sample_filtered_kernel<T, false>>(shape, stream, args);
   shape.shared_bytes = static_cast<uint32_t>(whole);
   return launch<sample_filtered_kernel<T, true>>(shape, stream, args);

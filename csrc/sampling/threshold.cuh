@@ -22,72 +22,61 @@ DEVICE float value_of(uint32_t key) {
   return value;
 }
 
-// Where a merge goes: two places by turns.
-struct Places {
-  shared_addr base;
-  int turn = 0;
-
-  DEVICE shared_addr next() {
-    turn ^= 1;
-    return base + turn * kMergeBytes;
-  }
-};
-
-// What is wanted: a mass of so much, or that share of the mass of all that lie in the first bracket.
-struct Goal {
-  float amount, share;
-};
-
 constexpr int kPivots = 7;
 
-// Of the keys in a bracket: the mass from each pivot up, of all, and the least and the largest of them.
+// Of the keys in a bracket: the mass from each pivot up, and the least and the largest of them.
+template <class Mass>
 struct Tally {
-  float masses[kPivots] = {};
-  float all = 0.0f;
+  Mass masses[kPivots] = {};
   uint32_t least = ~0u, most = 0;
 
   DEVICE void merge(const Tally& other) {
     UNROLL for (int j = 0; j < kPivots; ++j) masses[j] += other.masses[j];
-    all += other.all;
     least = other.least < least ? other.least : least;
     most = other.most > most ? other.most : most;
   }
 };
 
-// The largest value whose mass, that of all no less than it, reaches the goal, among those with keys in
-// [low, high), of which the whole is taken to reach it and what is above not.
+// The largest value such that those no less than it have the mass wanted(of all); the least if none has.
 //
-// A pass puts seven pivots into the bracket and keeps the eighth that the value is in, narrowed to keys that
-// occur; it ends when one key is left. Only what is in the bracket is looked at closely, which soon is
-// nearly nothing. Masses are sums in a fixed order, and of more terms never smaller: the same every time.
+// A pass puts seven pivots into a bracket of keys, the first at its lower end, and keeps the seventh that the
+// value is in, narrowed to keys that occur; it ends when one key is left. Only what is in the bracket is
+// looked at closely, which soon is nearly nothing. Two passes divide the bracket by value, since that is how
+// logits lie; then by key, so that none needs more than twelve further ones. Masses are whole numbers, exact in
+// any order: what is found depends on the values alone.
 //
-// each(f) calls f(id, value) for the thread's part of the row; weight(value) is a value's mass.
-template <class Each, class Weight>
-DEVICE float threshold(Each each, Weight weight, uint32_t low, uint32_t high, Goal goal, Places& places) {
-  float above = 0.0f, wanted = -1.0f;  // the mass from `high` up
-  while (high > low + 1) {
+// each(f) calls f(id, value) for the thread's part of the row; weight(value) is a value's mass; `low` is the
+// key of the least value that counts, and those of all values are below `high`.
+template <class Mass, class Each, class Weight, class Wanted>
+DEVICE float threshold(Each each, Weight weight, Wanted wanted, uint32_t low, uint32_t high) {
+  Mass above = 0, goal = 0;  // `above`: the mass from `high` up
+  for (int pass = 0; high > low + 1; ++pass) {
     const uint32_t span = high - low;
-    const auto pivot = [&](int j) { return low + static_cast<uint32_t>(uint64_t{span} * (j + 1) >> 3); };
-    Tally tally;
+    const float bottom = value_of(low), step = (value_of(high - 1) - bottom) * (1.0f / kPivots);
+    const bool by_value = pass < 2 && step < INFINITY;
+    uint32_t pivots[kPivots];
+    UNROLL for (int j = 0; j < kPivots; ++j)
+      pivots[j] = by_value ? key_of(bottom + step * j) : low + static_cast<uint32_t>(uint64_t{span} * j / kPivots);
+    Tally<Mass> tally;
     each([&](int, float value) {
       const uint32_t key = key_of(value);
       if (key - low >= span) return;
-      const float mass = weight(value);
-      UNROLL for (int j = 0; j < kPivots; ++j) tally.masses[j] += key >= pivot(j) ? mass : 0.0f;
-      tally.all += mass;
+      const Mass mass = weight(value);
+      UNROLL for (int j = 0; j < kPivots; ++j) tally.masses[j] += key >= pivots[j] ? mass : 0;
       tally.least = key < tally.least ? key : tally.least;
       tally.most = key > tally.most ? key : tally.most;
     });
-    tally = block_merge(tally, places.next());
-    if (wanted < 0.0f) wanted = goal.amount + goal.share * tally.all;
+    tally = block_merge(tally);
+    if (pass == 0) goal = wanted(tally.masses[0]);
     if (tally.least >= tally.most) return value_of(tally.least == tally.most ? tally.least : low);
-    int reached = 0;
-    UNROLL for (int j = 0; j < kPivots; ++j) reached += above + tally.masses[j] >= wanted ? 1 : 0;
-    UNROLL for (int j = 0; j < kPivots; ++j) above += j == reached ? tally.masses[j] : 0.0f;
-    const uint32_t new_low = reached > 0 ? pivot(reached - 1) : low;
-    high = reached < kPivots ? pivot(reached) : high;
-    low = new_low > tally.least ? new_low : tally.least;
-    high = high < tally.most + 1 ? high : tally.most + 1;
+    // The bracket from the last pivot that reaches the goal to the next.
+    uint32_t new_low = tally.least, new_high = tally.most + 1;
+    Mass beyond = 0;
+    UNROLL for (int j = kPivots - 1; j >= 0; --j) {
+      if (above + tally.masses[j] >= goal) new_low = pivots[j] > new_low ? pivots[j] : new_low;
+      else if (pivots[j] < new_high) new_high = pivots[j], beyond = tally.masses[j];
+    }
+    low = new_low, high = new_high, above += beyond;
   }
   return value_of(low);
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_truth import check_rows, noise, philox, sampler, streams
+from sample_truth import ODD, WAYS, check_rows, noise, philox, sampler, streams
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -184,17 +184,6 @@ def test_a_draw_is_moved_by_its_own_row_alone(seed, options):
 
 # --- what is not a number ----------------------------------------------------------------------------------
 
-WAYS = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.2}, {"temperature": 3.0}]
-INF, NAN = math.inf, math.nan
-ODD = [
-    ([1.0, NAN, 3.0, NAN, INF], {1}),
-    ([-INF, -INF, -INF], {0}),
-    ([1.0, INF, 2.0, INF], {1, 3}),
-    ([INF, -INF, NAN], {2}),
-    ([-INF, -7.0, -INF], {1}),
-    ([-3e38, 3e38, 0.0], {1}),
-]
-
 
 @pytest.mark.parametrize("row, wanted", ODD, ids=str)
 @pytest.mark.parametrize("options", WAYS, ids=str)
@@ -289,14 +278,14 @@ LOGITS, ROWS = torch.zeros(2, 5), streams(2)
         (LOGITS, (ROWS[0], ROWS[1].int(), ROWS[2]), {}, "seeds must be int64 .* not torch.int32"),
         (LOGITS, (*ROWS[:2], ROWS[2].to("meta")), {}, "logits are on cpu and sequences on meta"),
         (LOGITS, ROWS, {"temperature": -0.1}, "temperature is -0.1, but must be 0 .greedy. or above"),
-        (LOGITS, ROWS, {"temperature": NAN}, "temperature is nan"),
-        (LOGITS, ROWS, {"temperature": INF}, "temperature is inf"),
+        (LOGITS, ROWS, {"temperature": math.nan}, "temperature is nan"),
+        (LOGITS, ROWS, {"temperature": math.inf}, "temperature is inf"),
         (LOGITS, ROWS, {"top_k": 0}, "top_k is 0, but must be a whole number from 1 on"),
         (LOGITS, ROWS, {"top_k": 2.0}, "top_k is 2.0"),
         (LOGITS, ROWS, {"top_p": 0.0}, r"top_p is 0.0, but must be in \(0, 1\]"),
         (LOGITS, ROWS, {"top_p": 1.1}, "top_p is 1.1"),
         (LOGITS, ROWS, {"min_p": -0.1}, r"min_p is -0.1, but must be in \[0, 1\]"),
-        (LOGITS, ROWS, {"min_p": NAN}, "min_p is nan"),
+        (LOGITS, ROWS, {"min_p": math.nan}, "min_p is nan"),
         (LOGITS, ROWS, {"repetition_penalty": 0.0}, "repetition_penalty is 0.0, but must be above 0"),
         (LOGITS, ROWS, {"repetition_penalty": 1.1}, "a repetition_penalty needs seen"),
         (LOGITS, ROWS, {"seen": torch.zeros(2, 4, dtype=torch.bool)}, r"seen must be bool and \(2, 5\)"),

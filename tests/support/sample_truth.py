@@ -7,6 +7,7 @@ may win. Top-k compares logits as they are, and allows nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,19 @@ from almostgpt import kernels
 
 CLOSE = 1e-4  # the kernel's approximate logarithms are within 1e-5
 NUDGE = 1e-5  # of a mass or a probability
+
+# Ways to draw, by their options.
+WAYS = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.2}, {"temperature": 3.0}]
+INF, NAN = math.inf, math.nan
+# Rows that are not all finite, and what may be drawn of them.
+ODD = [
+    ([1.0, NAN, 3.0, NAN, INF], {1}),
+    ([-INF, -INF, -INF], {0}),
+    ([1.0, INF, 2.0, INF], {1, 3}),
+    ([INF, -INF, NAN], {2}),
+    ([-INF, -7.0, -INF], {1}),
+    ([-3e38, 3e38, 0.0], {1}),
+]
 
 
 def sampler(backend) -> Callable:
