@@ -124,8 +124,8 @@ def generators(config: GPTConfig, seed: int = 0) -> tuple[dict[str, Generator], 
 def random_model(config: GPTConfig, seed: int) -> GPT:
     """One whose greedy text depends on all of it.
 
-    As it is initialised, a tied model draws its last token again and again, whatever its blocks do; so
-    these get weights 2.5 times as large, and norms and biases numbers of their own.
+    As it is initialised, a tied model draws its last token again and again, whatever its blocks do. So
+    here their matrices pass on numbers larger than the embedding's; and norms and biases get their own.
     """
     torch.manual_seed(seed)
     with harness.DEVICE:
@@ -133,9 +133,9 @@ def random_model(config: GPTConfig, seed: int) -> GPT:
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             if parameter.dim() == 2:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=1.4 / parameter.shape[1] ** 0.5)
             else:
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter += 0.01 * torch.randn_like(parameter)
     return model
 
 
