@@ -58,21 +58,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def race(benchmark) -> Callable[..., harness.Race]:
     """``race(peers, timer, seconds=…)``: times peers in turns, reported as the first one's times.
 
-    It takes about ``seconds``, and at least ``FEWEST_ROUNDS`` on a machine that is slow or busy.
+    It takes about ``seconds``, and at least ``fewest`` rounds on a machine that is slow or busy, after
+    ``warm_up`` rounds: compilers, allocators, caches.
     """
 
     def run(
-        peers: dict[str, harness.Peer], timer: harness.Timer, *, seconds: float
+        peers: dict[str, harness.Peer],
+        timer: harness.Timer,
+        *,
+        seconds: float,
+        fewest: int = FEWEST_ROUNDS,
+        warm_up: int = 3,
     ) -> harness.Race:
         contest = harness.Race(peers, timer)
         ours = next(iter(peers))
 
-        for _ in range(3):  # warm-up: compilers, allocators, caches
+        for _ in range(warm_up):
             contest.round()
         contest.restart()
         times = contest.seconds[ours]
         end = time.perf_counter() + seconds
-        while len(times) < FEWEST_ROUNDS or time.perf_counter() < end:
+        while len(times) < fewest or time.perf_counter() < end:
             contest.round()
 
         replayed = iter(times)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from almostgpt import kernels
+
 Work = Callable[[], object]
 Peer = Callable[[], Work]
 Timer = Callable[[Peer], float]
@@ -132,6 +134,23 @@ def copy_bandwidth() -> float:
     timer = device_timer(5)
     seconds = [timer(lambda: lambda: target.copy_(source)) for _ in range(7)][2:]
     return 2 * size / statistics.median(seconds)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that the device reads at the most: the roof of what reads and hardly writes.
+
+    A copy also writes, for which a processor first reads the lines that are written over, so it
+    understates. The faster of two ways: our linear layer of one row, whose weight is far larger than
+    the caches, and PyTorch's sum of that weight.
+    """
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    rows = 1 << (18 if DEVICE.type == "cuda" else 16)  # 1 GiB, 512 MiB
+    weight = torch.randn(rows, 2048, device=DEVICE, dtype=dtype)
+    x = torch.randn(1, 2048, device=DEVICE, dtype=dtype)
+    works = [torch.no_grad()(lambda: kernels.linear(x, weight)), weight.sum]
+    timer = device_timer(2)
+    rounds = [[timer(lambda work=work: work) for work in works] for _ in range(7)][2:]
+    return weight.nbytes / min(statistics.median(seconds) for seconds in zip(*rounds, strict=True))
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
