@@ -16,6 +16,7 @@ from almostgpt.kernels.check_kv_cache import (
     plain_decode_attention,
     plain_kv_append,
 )
+from almostgpt.kernels.int8_linear import quantize_rows
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.rope import turns_of
 
@@ -53,6 +54,8 @@ class Case:
         output: the shape of each output.
         gradients: whether the op has any; otherwise only what it gives is checked.
         writes: whether it writes into its ``KVLayer``, whose keys and values then are outputs too.
+        slack: how far off the ``"cpu"`` kernel may be beyond the rule, from the inputs: what it
+            rounds on purpose.
     """
 
     op: str
@@ -67,6 +70,7 @@ class Case:
     output: Callable[[Shape], Shape] = lambda shape: shape
     gradients: bool = True
     writes: bool = False
+    slack: Callable[[dict], float] = lambda inputs: 0.0
 
 
 # ---------------------------------------------------------------- the cases
@@ -276,6 +280,66 @@ _LINEAR_CROSS_ENTROPY = Case(
 )
 
 
+def _plain_linear(x, weight, bias):
+    return x @ weight.t() + bias
+
+
+_LINEAR = Case(
+    "linear",
+    dimensions="ROWSxINPUTSxOUTPUTS",
+    inputs=lambda shape, normal: {
+        "x": normal(shape[:2]),
+        "weight": normal((shape[2], shape[1])),
+        "bias": normal(shape[2:]),
+    },
+    plain=_plain_linear,
+    outputs=("y",),
+    work=lambda shape: {
+        "forward": Work(
+            shape[0] * (shape[1] + shape[2]) + (shape[1] + 1) * shape[2], 2 * math.prod(shape)
+        )
+    },
+    shapes={"cuda": (1, 4096, 4096), "cpu": (1, 768, 2304), "emulator": (1, 64, 48)},
+    gradients=False,  # it is for decoding; where a gradient is asked for, PyTorch's own runs
+)
+
+
+def _plain_int8_linear(x, weight, scales, bias):
+    return ((x @ weight.to(x.dtype).t()).to(scales.dtype) * scales + bias).to(x.dtype)
+
+
+def _int8_linear_inputs(shape: Shape, normal) -> dict[str, Tensor]:
+    rows, K, N = shape
+    weight, scales = quantize_rows(normal((N, K)))
+    return {"x": normal((rows, K)), "weight": weight, "scales": scales, "bias": normal((N,))}
+
+
+def _int8_linear_work(shape: Shape) -> dict[str, Work]:
+    rows, K, N = shape
+    elements = rows * K + N + rows * N  # x, bias, y
+    return {"forward": Work(elements, 2 * rows * K * N, bytes=N * K + 4 * N)}
+
+
+def _int8_linear_slack(inputs: dict) -> float:
+    """x in 16 bits: independent roundings of up to half a unit, so 5 standard deviations of their sum."""
+    unit = inputs["x"].abs().max().item() / 32767
+    sizes = inputs["weight"].float().norm(dim=1) * inputs["scales"]
+    return 5 * unit / math.sqrt(12) * sizes.max().item()
+
+
+_INT8_LINEAR = Case(
+    "int8_linear",
+    dimensions="ROWSxINPUTSxOUTPUTS",
+    inputs=_int8_linear_inputs,
+    plain=_plain_int8_linear,
+    outputs=("y",),
+    work=_int8_linear_work,
+    shapes={"cuda": (8, 8192, 28672), "cpu": (4, 768, 3072), "emulator": (3, 80, 50)},
+    gradients=False,
+    slack=_int8_linear_slack,
+)
+
+
 def _kv_append(int8: bool = False, sinks: bool = False) -> Case:
     def inputs(shape: Shape, normal) -> dict[str, Tensor | KVLayer]:
         B, H, T, D = shape
@@ -355,6 +419,8 @@ CASES: dict[str, Case] = {
     "gelu": _activation("gelu", _plain_gelu),
     "gelu, tanh": _activation("gelu", _plain_gelu, approximate="tanh"),
     "relu_squared": _activation("relu_squared", _plain_relu_squared),
+    "linear": _LINEAR,
+    "int8_linear": _INT8_LINEAR,
     "kv_append": _kv_append(),
     "kv_append, int8": _kv_append(int8=True),
     "kv_append, ring with sinks": _kv_append(sinks=True),

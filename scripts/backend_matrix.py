@@ -78,9 +78,9 @@ def _decode(empty: Empty, T=1, H=8, D=64, layer=None, **options) -> Call:
     return (q, _layer(q, **(layer or {}))), options
 
 
-def _int8_linear(empty: Empty, rows=1, **options) -> Call:
-    weight, scales = empty(1024, 256, dtype=torch.int8), empty(1024, dtype=torch.float32)
-    return (empty(rows, 256), weight, scales), options
+def _int8_linear(empty: Empty, rows=1, K=1024, **options) -> Call:
+    weight, scales = empty(4096, K, dtype=torch.int8), empty(4096, dtype=torch.float32)
+    return (empty(rows, K), weight, scales), options
 
 
 _SINKS = {"window": 512, "sink_tokens": 4}
@@ -180,8 +180,11 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "17 rows": lambda empty: ((empty(17, 256), empty(1024, 256)), {}),
     },
     "int8_linear": {
-        "one row": lambda empty: _int8_linear(empty),
-        "many rows": lambda empty: _int8_linear(empty, rows=512),
+        "one token": lambda empty: _int8_linear(empty),
+        "16 tokens": lambda empty: _int8_linear(empty, rows=16),
+        "17 tokens": lambda empty: _int8_linear(empty, rows=17),
+        "bias": lambda empty: _int8_linear(empty, bias=empty(4096)),
+        "rows of 1000": lambda empty: _int8_linear(empty, K=1000),
     },
 }
 

@@ -87,7 +87,11 @@ def collect(device: torch.device) -> dict[str, Any]:
             "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
             **_gpus(),
         },
-        "native": kernels.build_info() | {"emulator": kernels.emulator.refuse() or "built"},
+        "native": kernels.build_info()
+        | {
+            "cpu": ", ".join(kernels.cpu.available()) or "none",
+            "emulator": kernels.emulator.refuse() or "built",
+        },
         "ops": {
             name: _explain(name, args, kwargs) for name, args, kwargs in _example_calls(device)
         },
@@ -126,6 +130,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
     ids = torch.zeros(64, device=device, dtype=torch.int64)
     layer = kernels.KVLayer.empty(1, 12, 64, 64, dtype=dtype, device=device)
     token, turns = q[:, :, :1], ids[:32]
+    codes = torch.zeros(768, 768, device=device, dtype=torch.int8)
     return [
         ("rms_norm", (x, torch.ones(768, device=device, dtype=dtype)), {}),
         ("rope", (q.transpose(1, 2), *(q.new_zeros(64, 32, dtype=torch.float32),) * 2), {}),
@@ -137,6 +142,8 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("relu_squared", (x,), {}),
         ("kv_append", (token, token, token, layer), {"turns": turns}),
         ("decode_attention", (token, layer), {}),
+        ("linear", (x[0, :1], x[0]), {}),
+        ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
     ]
 
 

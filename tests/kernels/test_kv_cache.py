@@ -32,7 +32,13 @@ from kv_cache_truth import (
 
 from almostgpt.kernels import KVLayer, emulator
 
-EXAMPLES = {"reference": 100, "ops": 30, "cpu": 100, "emulator": 60, "cuda": 200}  # drawn, of each backend
+EXAMPLES = {
+    "reference": 100,
+    "ops": 30,
+    "cpu": 100,
+    "emulator": 60,
+    "cuda": 200,
+}  # drawn, of each backend
 
 
 # --- any combination -------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ from almostgpt.kernels.rope import turns_of
 OPS = ("kv_append", "decode_attention")
 FLOAT32 = torch.finfo(torch.float32).eps
 
-Backend = str | tuple[int, int]  # "reference", "ops", "cpu", "cuda", or the card that the emulator plays
+Backend = (
+    str | tuple[int, int]
+)  # "reference", "ops", "cpu", "cuda", or the card that the emulator plays
 
 
 def missing(backend: Backend) -> str | None:
