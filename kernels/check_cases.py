@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from almostgpt.kernels import check_linear
 from almostgpt.kernels.check_kv_cache import (
     kv_heads,
     layer_for,
     plain_decode_attention,
     plain_kv_append,
 )
-from almostgpt.kernels.int8_linear import quantize_rows
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.rope import turns_of
 
@@ -280,63 +280,27 @@ _LINEAR_CROSS_ENTROPY = Case(
 )
 
 
-def _plain_linear(x, weight, bias):
-    return x @ weight.t() + bias
-
-
 _LINEAR = Case(
     "linear",
     dimensions="ROWSxINPUTSxOUTPUTS",
-    inputs=lambda shape, normal: {
-        "x": normal(shape[:2]),
-        "weight": normal((shape[2], shape[1])),
-        "bias": normal(shape[2:]),
-    },
-    plain=_plain_linear,
+    inputs=check_linear.linear_inputs,
+    plain=check_linear.plain_linear,
     outputs=("y",),
-    work=lambda shape: {
-        "forward": Work(
-            shape[0] * (shape[1] + shape[2]) + (shape[1] + 1) * shape[2], 2 * math.prod(shape)
-        )
-    },
+    work=lambda shape: {"forward": Work(*check_linear.linear_work(shape))},
     shapes={"cuda": (1, 4096, 4096), "cpu": (1, 768, 2304), "emulator": (1, 64, 48)},
-    gradients=False,  # it is for decoding; where a gradient is asked for, PyTorch's own runs
+    gradients=False,  # where one is asked for, PyTorch's own op runs
 )
-
-
-def _plain_int8_linear(x, weight, scales, bias):
-    return ((x @ weight.to(x.dtype).t()).to(scales.dtype) * scales + bias).to(x.dtype)
-
-
-def _int8_linear_inputs(shape: Shape, normal) -> dict[str, Tensor]:
-    rows, K, N = shape
-    weight, scales = quantize_rows(normal((N, K)))
-    return {"x": normal((rows, K)), "weight": weight, "scales": scales, "bias": normal((N,))}
-
-
-def _int8_linear_work(shape: Shape) -> dict[str, Work]:
-    rows, K, N = shape
-    elements = rows * K + N + rows * N  # x, bias, y
-    return {"forward": Work(elements, 2 * rows * K * N, bytes=N * K + 4 * N)}
-
-
-def _int8_linear_slack(inputs: dict) -> float:
-    """x in 16 bits: independent roundings of up to half a unit, so 5 standard deviations of their sum."""
-    unit = inputs["x"].abs().max().item() / 32767
-    sizes = inputs["weight"].float().norm(dim=1) * inputs["scales"]
-    return 5 * unit / math.sqrt(12) * sizes.max().item()
-
 
 _INT8_LINEAR = Case(
     "int8_linear",
     dimensions="ROWSxINPUTSxOUTPUTS",
-    inputs=_int8_linear_inputs,
-    plain=_plain_int8_linear,
+    inputs=check_linear.int8_linear_inputs,
+    plain=check_linear.plain_int8_linear,
     outputs=("y",),
-    work=_int8_linear_work,
+    work=lambda shape: {"forward": Work(*check_linear.int8_linear_work(shape))},
     shapes={"cuda": (8, 8192, 28672), "cpu": (4, 768, 3072), "emulator": (3, 80, 50)},
     gradients=False,
-    slack=_int8_linear_slack,
+    slack=check_linear.int8_linear_slack,
 )
 
 
