@@ -1,4 +1,4 @@
-"""What ``info --check`` needs of the linear layers: inputs, definitions, work, and what int8 may be off by."""
+"""What ``info --check`` needs of the linear layers: inputs, definitions, work, and the slack of int8."""
 
 from __future__ import annotations
 
