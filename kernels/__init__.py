@@ -20,7 +20,7 @@ if __name__ == "kernels":
     )
 
 from almostgpt.errors import UserError
-from almostgpt.kernels import dispatch, emulator, native
+from almostgpt.kernels import cpu, dispatch, emulator, native  # noqa: F401
 from almostgpt.kernels.activations import GELU, RELU_SQUARED, SWIGLU, gelu, relu_squared, swiglu
 from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend

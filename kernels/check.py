@@ -124,13 +124,13 @@ def check(name: str, shape: Shape, dtype: str, device: torch.device) -> Result:
     tensors = list(case.outputs)
     if case.gradients:
         tensors += [f"d{k}" for k, v in inputs.items() if isinstance(v, Tensor)]
-    added = case.rounding.get(explanation.backend, 0.0)
-    accuracies = _accuracies(tensors, got, same, exact, added)
+    slack = case.slack(inputs) if explanation.backend == "cpu" else 0.0
+    accuracies = _accuracies(tensors, got, same, exact, slack)
     speeds = _speeds(case, shape, ours, inputs, upstream) if device.type == "cuda" else ()
     return result(tuple(accuracies), tuple(speeds))
 
 
-def _accuracies(names, got, same, exact, added: float) -> list[Accuracy]:
+def _accuracies(names, got, same, exact, slack: float) -> list[Accuracy]:
     accuracies = []
     # What a sum leaves where its terms cancel is rounding of the terms, in float32: of the size of
     # the largest value anywhere, so far as that is known.
@@ -145,9 +145,9 @@ def _accuracies(names, got, same, exact, added: float) -> list[Accuracy]:
             plain_error = 0.0
         # Whole numbers are right or wrong.
         eps = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
-        ulps = (4 * eps + added) * _largest(truth)
+        ulps = 4 * eps * _largest(truth)
         error = _largest(_exact(ours) - truth)
-        accuracies.append(Accuracy(name, error, 2 * plain_error + ulps + residue))
+        accuracies.append(Accuracy(name, error, 2 * plain_error + ulps + residue + slack))
     return accuracies
 
 

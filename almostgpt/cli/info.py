@@ -87,7 +87,11 @@ def collect(device: torch.device) -> dict[str, Any]:
             "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
             **_gpus(),
         },
-        "native": kernels.build_info() | {"emulator": kernels.emulator.refuse() or "built"},
+        "native": kernels.build_info()
+        | {
+            "cpu": ", ".join(kernels.cpu.available()) or "none",
+            "emulator": kernels.emulator.refuse() or "built",
+        },
         "ops": {
             name: _explain(name, args, kwargs) for name, args, kwargs in _example_calls(device)
         },
@@ -139,7 +143,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("kv_append", (token, token, token, layer), {"turns": turns}),
         ("decode_attention", (token, layer), {}),
         ("sample", (x[0], ids, ids, ids), {"top_k": 50}),
-        ("linear", (x[:, 0], x[0]), {}),
+        ("linear", (x[0, :1], x[0]), {}),
         ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
     ]
 

@@ -92,7 +92,7 @@ float exponentials(float* scores, int64_t count, float largest) {
 }
 
 inline float multiply_add(float a, float b, float sum) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, sum);
 #else
   return a * b + sum;

@@ -8,6 +8,8 @@
 namespace almostgpt::cpu {
 namespace {
 
+constexpr double kRadians = 2 * 3.14159265358979323846 / 18446744073709551616.0;  // of a turn of 2^-64
+
 // The angles of one position.
 struct Rotation {
   std::vector<float> cosines, sines;
@@ -19,7 +21,7 @@ struct Rotation {
     sines.resize(half);
     for (int64_t i = 0; i < half; ++i) {
       const uint64_t phase = static_cast<uint64_t>(position) * static_cast<uint64_t>(append.turns[i]);
-      const double angle = static_cast<double>(static_cast<int64_t>(phase)) * 3.4061215800304817e-19;  // 2 pi / 2^64
+      const double angle = static_cast<double>(static_cast<int64_t>(phase)) * kRadians;
       cosines[i] = static_cast<float>(std::cos(angle));
       sines[i] = static_cast<float>(std::sin(angle));
     }

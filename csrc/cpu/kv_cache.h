@@ -34,12 +34,12 @@ struct Append {
   CacheSlots slots;
   Heads q, k, v;
   int64_t heads, tokens, head_dim;
-  const int32_t* lengths;      // (B,), tokens before these
-  const int32_t* new_lengths;  // (B,), how many of the tokens are there, or null: all
-  const int64_t* turns;        // (rotated / 2,), or null: nothing turns
-  int64_t rotated;
-  float* q_out;   // (B, H, T, D) contiguous, where there are turns
-  float* q_sink;  // the same, turned by min(position, reach - 1), or null
+  const int32_t* lengths = nullptr;      // (B,), tokens before these
+  const int32_t* new_lengths = nullptr;  // (B,), how many of the tokens are there, or null: all
+  const int64_t* turns = nullptr;        // (rotated / 2,), or null: nothing turns
+  int64_t rotated = 0;
+  float* q_out = nullptr;   // (B, H, T, D) contiguous, where there are turns
+  float* q_sink = nullptr;  // the same, turned by min(position, reach - 1), or null
 };
 
 // Stores and turns the tokens [begin, end) of all B * T.
@@ -50,12 +50,12 @@ struct Decode {
   const float* q;       // (B, H, T, width) contiguous
   const float* q_sink;  // the same, what scores the sinks
   int64_t heads, tokens;
-  const int32_t* lengths;
-  const int32_t* new_lengths;
-  const float* alibi_slopes;  // (H,) or null
-  const float* sink_logits;   // (H,) or null
-  float scale, softcap;
-  float* out;  // (B, T, H, width) contiguous
+  const int32_t* lengths = nullptr;
+  const int32_t* new_lengths = nullptr;
+  const float* alibi_slopes = nullptr;  // (H,) or null
+  const float* sink_logits = nullptr;   // (H,) or null
+  float scale = 1.0f, softcap = 0.0f;
+  float* out = nullptr;  // (B, T, H, width) contiguous
 };
 
 // Attention of the key heads [begin, end) of all B * Hkv.

@@ -37,7 +37,8 @@ def test_every_op_is_checked_and_passes(capsys):
     stored_in_8_bits = found.pop("kv_append, int8")["accuracies"][2:]
     assert [a["tensor"] for a in stored_in_8_bits] == ["keys", "values"]
     assert all(a["bound"] < 0.05 for a in stored_in_8_bits)
-    assert found.pop("int8_linear")["accuracies"][0]["bound"] < 0.05  # of outputs around 100
+    x_in_16_bits = found.pop("int8_linear")["accuracies"]
+    assert all(a["bound"] < 0.01 for a in x_in_16_bits)
     assert all(a["bound"] < 1e-3 for f in found.values() for a in f["accuracies"])
     assert [a["tensor"] for a in found["decode_attention"]["accuracies"]] == ["out"]
     assert all(f["speeds"] == [] for f in found.values())  # times of a CPU say nothing of a kernel
