@@ -85,6 +85,15 @@ def test_rows_of_few_values(values):
         check_rows(sampler((8, 0)), logits, streams(4), **options)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-7, 1e-30])
+def test_noise_decides_among_equal_logits_however_low_the_temperature(temperature):
+    """There it is far below the last bit of the sums, and what they lost to rounding decides."""
+    logits = torch.tensor([11.0, 12.0, 12.0, 12.0, -3.0]).expand(60, 5)
+    for options in ({}, {"top_k": 4}):
+        ids = check_rows(sampler((8, 0)), logits, streams(60), temperature=temperature, **options)
+        assert set(ids.tolist()) == {1, 2, 3}
+
+
 def test_zeros_of_both_signs_are_equal():
     logits = torch.tensor([0.0, -0.0, -1.0, -0.0, 0.0]).expand(400, 5)
     for options in ({"top_k": 1}, {"top_p": 0.01}, {"top_k": 3, "top_p": 0.3}):
