@@ -86,8 +86,9 @@ def _choose(logits: Tensor, streams: Streams, options: Options) -> Tensor:
         drawn = (heights + noise_of_all(logits.shape[1], streams)).masked_fill_(~kept, -torch.inf)
     else:
         rows, ids = kept.nonzero(as_tuple=True)
-        drawn = torch.full_like(heights, -torch.inf, dtype=torch.float64)
-        drawn[rows, ids] = heights[rows, ids] + noise(ids, *(each[rows] for each in streams))
+        heard = heights[rows, ids] + noise(ids, *(each[rows] for each in streams))
+        drawn = torch.full_like(heights, -torch.inf, dtype=heard.dtype)
+        drawn[rows, ids] = heard
     # Where the largest is NaN or −inf it is taken itself: the first NaN, or id 0.
     usual = largest[:, 0] > -torch.inf
     return torch.where(usual, drawn.argmax(1), logits.argmax(1))
@@ -151,7 +152,9 @@ def gumbel(word: Tensor) -> Tensor:
 
     It is the small −ln(1 − v) that decide, and log1p is exact there.
     """
-    v = (word.double() + 0.5) * 2.0**-32
+    # mps has no float64. In float32 the last v of all would be 1, and its noise −inf.
+    wide = torch.float32 if word.device.type == "mps" else torch.float64
+    v = ((word.to(wide) + 0.5) * 2.0**-32).clamp(max=1 - torch.finfo(wide).eps / 2)
     return -torch.log(-torch.log1p(-v))
 
 
