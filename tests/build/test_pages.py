@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from almostgpt.kernels import cpu
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["int8_linear.md", "kv_cache.md"])
+NEEDS_CPP = pytest.mark.skipif(cpu.missing() is not None, reason=f"{cpu.missing()}")
+
+
+@pytest.mark.parametrize(
+    "page", ["int8_linear.md", "kv_cache.md", pytest.param("cpu.md", marks=NEEDS_CPP)]
+)
 def test_snippets_run(page, capsys):
     text = (DOCS / page).read_text()
     snippets = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.S)
