@@ -16,6 +16,7 @@ Builds the package for the GPU of this machine and runs one stage, all in under 
   tune          launch settings of the Triton kernels, measured; leaves the table that
                 kernels/triton_settings.json should become
   bench         the benchmarks of the kernels
+  generation    the benchmark of generation: tokens/s of GPT-2's sizes against transformers
   training      the benchmark of a training step, and a short training run of a real preset
                 (tokens/s, MFU)
 
@@ -265,7 +266,8 @@ stage_bench() {
     # A run for each file: one that is stopped takes no other's tables with it.
     for file in benchmarks/test_*.py; do
       name=$(basename "$file" .py) limit=70
-      if [[ $name == test_training_step ]]; then continue; fi # a stage of its own
+      if [[ $name == test_training_step || $name == test_generation ]]; then continue; fi # stages of their own
+      if [[ $name == test_linear_cpu && -n $gpu ]]; then continue; fi # of processors
       if [[ $name == test_attention || $name == test_kv_cache || $name == test_rms_norm ]]; then limit=200; fi
       run_pytest "$limit" "$name" "$file" --benchmark-only -q --save-results \
         --results-dir "$out/${name#test_}" || true
@@ -282,6 +284,17 @@ stage_tune() {
   fi
   step 420 "tune" "$python" scripts/tune_triton.py || true
   cp kernels/triton_settings.json "$out/"
+}
+
+stage_generation() {
+  local missing
+  if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
+  if missing=$(has_modules pytest_benchmark); then
+    run_pytest 420 "generation" benchmarks/test_generation.py --benchmark-only -q --save-results \
+      --results-dir "$out/generation" || true
+  else
+    leave_out "the benchmark: missing $missing (see --help, --wheels)"
+  fi
 }
 
 stage_training() {
@@ -354,9 +367,9 @@ while (($#)); do
   esac
 done
 case $stage in
-  conformance | tests | sanitizer | tune | bench | training) ;;
+  conformance | tests | sanitizer | tune | bench | generation | training) ;;
   "") die "--stage is missing" ;;
-  *) die "no stage named $stage; there are conformance, tests, sanitizer, tune, bench and training" ;;
+  *) die "no stage named $stage; there are conformance, tests, sanitizer, tune, bench, generation and training" ;;
 esac
 python=$(command -v "$python") || die "--python $python: there is no such program"
 "$python" -c 'import torch' 2>/dev/null || die "$python has no torch; name one that has: --python"

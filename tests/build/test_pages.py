@@ -14,7 +14,8 @@ NEEDS_CPP = pytest.mark.skipif(cpu.missing() is not None, reason=f"{cpu.missing(
 
 
 @pytest.mark.parametrize(
-    "page", ["int8_linear.md", "kv_cache.md", pytest.param("cpu.md", marks=NEEDS_CPP)]
+    "page",
+    ["int8_linear.md", "kv_cache.md", "sampling.md", pytest.param("cpu.md", marks=NEEDS_CPP)],
 )
 def test_snippets_run(page, capsys):
     text = (DOCS / page).read_text()

@@ -19,7 +19,7 @@ def test_the_gpu_report_names_its_stages_and_refuses_others():
     report = ROOT / "scripts" / "gpu_report.sh"
     help_ = subprocess.run([report, "--help"], capture_output=True, text=True)
     assert help_.returncode == 0
-    for stage in ("conformance", "tests", "sanitizer", "tune", "bench", "training"):
+    for stage in ("conformance", "tests", "sanitizer", "tune", "bench", "generation", "training"):
         assert f"  {stage} " in help_.stdout
     wrong = subprocess.run([report, "--stage", "warp"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "no stage named warp" in wrong.stderr
