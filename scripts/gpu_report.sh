@@ -287,11 +287,16 @@ stage_tune() {
 }
 
 stage_generation() {
-  local missing
   if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
+  race 420 generation
+}
+
+# One benchmark that has a stage of its own: LIMIT (seconds) NAME.
+race() {
+  local missing
   if missing=$(has_modules pytest_benchmark); then
-    run_pytest 420 "generation" benchmarks/test_generation.py --benchmark-only -q --save-results \
-      --results-dir "$out/generation" || true
+    run_pytest "$1" "$2" "benchmarks/test_$2.py" --benchmark-only -q --save-results \
+      --results-dir "$out/$2" || true
   else
     leave_out "the benchmark: missing $missing (see --help, --wheels)"
   fi
@@ -300,12 +305,7 @@ stage_generation() {
 stage_training() {
   local missing
   if [[ -z $gpu ]]; then leave_out "every figure of a GPU: these are the small CPU sizes"; fi
-  if missing=$(has_modules pytest_benchmark); then
-    run_pytest 280 "training_step" benchmarks/test_training_step.py --benchmark-only -q --save-results \
-      --results-dir "$out/training_step" || true
-  else
-    leave_out "the benchmark: missing $missing (see --help, --wheels)"
-  fi
+  race 280 training_step
   if missing=$(has_modules tyro rich tiktoken safetensors yaml matplotlib); then
     train_shortly || true
   else
