@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,8 +154,12 @@ def dequantized(model: GPT) -> GPT:
 
 def transformers_trouble(config: GPTConfig) -> str | None:
     """Why transformers has no twin of such a model here, or None."""
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        from transformers import GPT2LMHeadModel  # noqa: F401
+    except ModuleNotFoundError:
         return "not installed (pip install -e '.[test]')"
+    except Exception as error:  # of a version that does not go with this torch, …
+        return f"it cannot be imported: {harness.first_line(error)}"
     other = [f"{part} {getattr(config, part)}" for part in GPT2_PARTS if not _as_gpt2(config, part)]
     return f"its GPT-2 has no {', '.join(other)}" if other else None
 

@@ -221,11 +221,12 @@ def compile_trouble() -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=DEVICE))
     except Exception as error:  # no C++ compiler, no Triton, an unsupported Python …
-        return f"torch.compile fails here: {_first_line(error)}"
+        return f"torch.compile fails here: {first_line(error)}"
     return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in a line for a table's notes."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 

@@ -60,8 +60,15 @@ def test_generation(case: Case, race, report, benchmark):
         config.vocab_size, (case.batch, PROMPT), generator=torch.Generator().manual_seed(1)
     ).to(harness.DEVICE)
     news = {name: new_tokens(case, generator) for name, generator in peers.items()}
-    for name, generator in peers.items():  # which is the warm-up, too
-        drawn = generator.run(prompts, news[name], lambda: None)
+    for name, generator in list(peers.items()):  # which is the warm-up, too
+        try:
+            drawn = generator.run(prompts, news[name], lambda: None)
+        except Exception as error:  # transformers compiles on a GPU, which may fail in many ways
+            if name.startswith("almostgpt"):
+                raise
+            notes.append(f"no {name}: {harness.first_line(error)}")
+            del peers[name]
+            continue
         below = shortfall(generator, prompts, drawn)
         assert below <= SHORTFALL, f"{name} drew a token {below:.2g} deviations below the likeliest"
 

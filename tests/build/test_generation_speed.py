@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_a_model_that_transformers_gpt2_is_not_is_measured_without_it(script, ca
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found["peers"]) == OURS
     assert len(found["notes"]) == 1 and "its GPT-2 has no norm rmsnorm" in found["notes"][0]
+
+
+def test_without_transformers_it_is_named(script, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert script.main(["--lengths", "8", "--new", "2", "--rounds", "1"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found["peers"]) == OURS
+    assert found["notes"] == ["no transformers: not installed (pip install -e '.[test]')"]
 
 
 def test_a_peer_that_computes_something_else_is_named(script, capsys, monkeypatch):
