@@ -39,8 +39,9 @@ from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.sample_reference import Options, Streams
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Below it only equal logits are drawn among, and 1 / temperature stays a finite float32.
-_LOWEST_TEMPERATURE = 1e-10
+# Below the lowest only equal logits are drawn among, and from the highest on all are equally likely;
+# between them neither a temperature nor its reciprocal leaves the range of float32.
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-10, 1e38
 
 
 def sample(
@@ -89,26 +90,33 @@ def sample(
 
 
 def check_options(
-    name: str,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> None:
-    """Raises ``UserError`` for values that mean nothing; ``name`` begins the message."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"{name}: temperature is {temperature}, but must be 0 (greedy) or above")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise UserError(f"{name}: top_k is {top_k}, but must be a whole number from 1 on")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"{name}: top_p is {top_p}, but must be in (0, 1]")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise UserError(f"{name}: min_p is {min_p}, but must be in [0, 1]")
-    if not 0 < repetition_penalty < math.inf:
+    """Raises ``UserError`` for values that mean nothing."""
+    if not (_number(temperature) and 0 <= temperature < math.inf):
+        raise UserError(f"temperature is {temperature}, but must be 0 (greedy) or above")
+    if top_k is not None and not (_whole(top_k) and top_k >= 1):
+        raise UserError(f"top_k is {top_k}, but must be a whole number from 1 on")
+    if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
+        raise UserError(f"top_p is {top_p}, but must be in (0, 1]")
+    if min_p is not None and not (_number(min_p) and 0 <= min_p <= 1):
+        raise UserError(f"min_p is {min_p}, but must be in [0, 1]")
+    if not (_number(repetition_penalty) and 0 < repetition_penalty < math.inf):
         raise UserError(
-            f"{name}: repetition_penalty is {repetition_penalty}, but must be above 0 (1: none)"
+            f"repetition_penalty is {repetition_penalty}, but must be above 0 (1: none)"
         )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return _whole(value) or isinstance(value, float)
 
 
 def _check(logits, positions, seeds, sequences, seen=None, logprobs=False, **options) -> None:
@@ -134,7 +142,10 @@ def _check(logits, positions, seeds, sequences, seen=None, logprobs=False, **opt
     for what, tensor in {**rows, "seen": seen}.items():
         if tensor is not None and tensor.device != logits.device:
             raise UserError(f"{name}: logits are on {logits.device} and {what} on {tensor.device}")
-    check_options(name, **options)
+    try:
+        check_options(**options)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     if options.get("repetition_penalty", 1.0) != 1 and seen is None:
         raise UserError(
             f"{name}: a repetition_penalty needs seen, the tokens that were in each sequence"
@@ -142,11 +153,12 @@ def _check(logits, positions, seeds, sequences, seen=None, logprobs=False, **opt
 
 
 def _usable(options: dict) -> Options:
-    """Of checked options: temperatures so low that nothing but the largest is drawn made one."""
+    """Of checked options: temperatures so low, or so high, that they make no difference made one."""
     given = Options(**options)
     if given.temperature == 0:
         return given
-    return given._replace(temperature=max(given.temperature, _LOWEST_TEMPERATURE))
+    temperature = min(max(given.temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE)
+    return given._replace(temperature=temperature)
 
 
 # --- torch.ops.almostgpt.sample and torch.ops.almostgpt_emulator.sample ----------------------------

@@ -29,8 +29,6 @@ examples:
   almostgpt eval --checkpoint runs/mine --perplexity tokens/book/train_000000.bin --max-tokens 100000
   almostgpt eval --checkpoint runs/mine --perplexity book.txt --device cuda --precision bf16"""
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class EvalArguments:
@@ -49,8 +47,8 @@ class EvalArguments:
 
 def run(arguments: list[str]) -> int:
     given = parse(EvalArguments, arguments, prog="almostgpt eval", description=DESCRIPTION)
-    if given.precision not in PRECISIONS:
-        raise UserError(f"precision is {not_one_of(given.precision, PRECISIONS)}")
+    if given.precision not in ("fp32", "bf16"):
+        raise UserError(f"precision is {not_one_of(given.precision, ('fp32', 'bf16'))}")
     if given.max_tokens is not None and given.max_tokens < 2:
         raise UserError(f"--max-tokens is {given.max_tokens}, but must be at least 2")
     device = pick_device(given.device)
@@ -97,8 +95,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    dtype = PRECISIONS[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def _headline(result: Perplexity) -> str:

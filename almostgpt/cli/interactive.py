@@ -77,18 +77,17 @@ def _set(conversation: Conversation, words: list[str]) -> bool:
 
 def _answer(conversation: Conversation, prompt: str, write: Callable[[str], None]) -> None:
     said_before = bool(conversation.history)
+    started = time.perf_counter()
+    stopped = ""
     try:
         answer = conversation.say(prompt)
+        write(prompt)
+        for text in answer:
+            write(text)
     except UserError as error:  # a character the model has never seen, or no room
         hint = "; `clear` starts anew" if said_before else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return
-    started = time.perf_counter()
-    stopped = ""
-    write(prompt)
-    try:
-        for text in answer:
-            write(text)
     except KeyboardInterrupt:
         stopped = "stopped, "
     seconds = time.perf_counter() - started

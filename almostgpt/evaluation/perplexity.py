@@ -107,7 +107,7 @@ def perplexity(
     window, stride = checked_options(model, window, stride, batch_size)
     tokens = _checked(tokens, model.config.vocab_size)
     text_bytes = None if tokenizer is None else _text_bytes(tokens, tokenizer, window, stride)
-    device = model.token_embedding.weight.device
+    device = model.device
     means: list[Tensor] = []  # on the device: whoever read each at once would wait for each
     counts: list[int] = []
     windows, left = 0, sliding(len(tokens), window, stride)

@@ -356,6 +356,10 @@ class KVCache:
         self._check_room([tokens] * len(self._lengths))
         self._lengths = [had + tokens for had in self._lengths]
 
+    def spoil(self) -> None:
+        """Says that what it holds is not known: nothing more is taken until ``reset()``."""
+        self._spoiled = True
+
     def _finish(self) -> None:
         """No forward pass is under way."""
         self._tokens = 0
@@ -363,15 +367,15 @@ class KVCache:
         self._new_lengths: Tensor | None = None
         self._parts: list[Part] = []
         self._overwrites = False  # whether the pass takes slots of tokens that were still seen
-        self._spoiled = False  # whether one did, and did not end
+        self._spoiled = False  # whether one did, and did not end; or a graph did not
 
     # ------------------------------------------------------------ on the host
 
     def _check_room(self, new: list[int]) -> None:
         if self._spoiled:
             raise UserError(
-                "an earlier forward pass failed midway, when it had taken the slots of tokens that are "
-                "still seen: reset() the cache and feed all tokens again"
+                "an earlier forward pass failed midway, and what the cache holds is not known or no "
+                "longer all of it: reset() it and feed all tokens again"
             )
         for had, more in zip(self._lengths, new, strict=True):
             if had + more > self.end:

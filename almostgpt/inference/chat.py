@@ -108,11 +108,8 @@ class Conversation:
                     yield text
                 if assembler.stopped_by is not None:
                     break
-        except GeneratorExit:  # nobody reads on; the cache is as it was after the last token
-            raise
-        except (
-            BaseException
-        ):  # Ctrl-C in the middle of a forward pass: the cache may be half written
+        except (Exception, KeyboardInterrupt):
+            # In the middle of a forward pass: the cache may be half written. Not where nobody reads on.
             if self._cache is not None:
                 self._cache.reset()  # the next turn feeds the history anew
             raise

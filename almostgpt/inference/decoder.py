@@ -7,6 +7,7 @@ value. So a step can be captured once and replayed: a launch for the CPU, whatev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from almostgpt import kernels
+from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
 from almostgpt.inference.sampling import Sampling
 
@@ -115,21 +117,26 @@ class Decoder:
                 ]
                 self._draw(self._without_cache())
             elif self._capture is None or self._steps == 0:
-                self._step()  # and a first time as it is: libraries start up, and take memory
-            elif self._replay is None:
-                self._replay = self._capture(
-                    self._step
-                )  # which counts on the host, and runs nothing
-                self._replay()
+                # A first time as it is: libraries start up, and take memory.
+                self._step()
             else:
-                self.cache.repeat(1)
-                self._replay()
+                self._repeat()
         self._steps += 1
         return self._drawn()
 
-    def end(self) -> None:
-        """Lets go of the captured step and its memory."""
-        self._replay = None
+    def _repeat(self) -> None:
+        try:
+            if self._replay is None:
+                # Python runs, and counts on the host; the device does nothing yet.
+                self._replay = self._capture(self._step)
+            else:
+                self.cache.repeat(1)
+            self._replay()
+        except UserError:  # no room: nothing has changed
+            raise
+        except BaseException:
+            self.cache.spoil()  # whether the device has counted is not known
+            raise
 
     # ------------------------------------------------------------ what a step consists of
 
@@ -211,12 +218,24 @@ def feed(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
     return logits.clone()
 
 
-def cuda_graph(step: Step) -> Step:
-    """Records what a step launches on the GPU, without running it; the result runs all of it at once.
+def cuda_graph(device: torch.device, step: Step) -> Step:
+    """Records what a step launches on a GPU, without running it; the result runs all of it at once.
 
-    Its memory is the graph's own and stays with it.
+    Its memory is the graph's own and stays with it. Other threads may use the GPU meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    recording = torch.cuda.graph(
+        graph, stream=_side_stream(device), capture_error_mode="thread_local"
+    )
+    with torch.cuda.device(device), recording:
         step()
     return graph.replay
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """What graphs of a GPU are recorded on: one for all of them, since cuBLAS keeps memory for each.
+
+    torch's own default is one for the process, on whichever GPU was the current one first.
+    """
+    return torch.cuda.Stream(device)

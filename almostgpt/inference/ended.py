@@ -22,7 +22,8 @@ class Ended:
         if not len(self._stop_ids):
             return drawn
         ids = drawn.ids.masked_fill(self._ended, -1)
-        self._ended |= torch.isin(ids, self._stop_ids)
+        # Compared one by one: torch.isin sorts where there are many, and waits for the GPU then.
+        self._ended = self._ended | (ids[:, None] == self._stop_ids).any(1)
         return Drawn(ids, drawn.logprobs)
 
     def all(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +129,7 @@ def stream(
         sequences=sequences,
         logprobs=logprobs,
         vocab_size=vocab_size,
-        capture=cuda_graph if graph and device.type == "cuda" else None,
+        capture=partial(cuda_graph, device) if graph and device.type == "cuda" else None,
     )
     return _steps(decoder, texts, cached, max_new_tokens, stop_ids)
 

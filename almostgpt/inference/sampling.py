@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 
 from almostgpt.config import MAX_SEED
 from almostgpt.errors import UserError
+from almostgpt.kernels.sample import check_options
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,7 @@ class Sampling:
     min_p: float | None = None  # keeps those at least so likely, relative to the most likely one
 
     def __post_init__(self) -> None:
-        penalty = self.repetition_penalty
-        if not (_number(penalty) and 0 < penalty < math.inf):
-            raise UserError(f"repetition_penalty is {penalty}, but must be above 0 (1: none)")
-        if not (_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or above")
-        if self.top_k is not None and not (_whole(self.top_k) and self.top_k >= 1):
-            raise UserError(f"top_k is {self.top_k}, but must be a whole number from 1 on")
-        if self.top_p is not None and not (_number(self.top_p) and 0 < self.top_p <= 1):
-            raise UserError(f"top_p is {self.top_p}, but must be in (0, 1]")
-        if self.min_p is not None and not (_number(self.min_p) and 0 <= self.min_p <= 1):
-            raise UserError(f"min_p is {self.min_p}, but must be in 0 … 1")
+        check_options(**vars(self))
 
 
 def seed_or_new(seed: int | None) -> int:
@@ -60,10 +50,6 @@ def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
                 f"stop_ids has {id!r}, which is no id of the {vocab_size} that are drawn"
             )
     return tuple(dict.fromkeys(stop_ids))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _whole(value: object) -> bool:

@@ -23,7 +23,8 @@ class Assembler:
 
     A character whose bytes span tokens comes out whole. What may be the beginning of a stop string
     is held back until it is known not to be one; a stop string itself never comes out, nor what
-    follows it.
+    follows it. Of several stop strings the one that is complete first counts, and of those that end
+    there the longest: so it does not matter how the text is cut into tokens.
 
     Attributes:
         stopped_by: the stop string that was found, or None.
@@ -49,11 +50,11 @@ class Assembler:
         if self.stopped_by is not None:
             return ""
         text = self._held + text
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        found = [(text.find(stop) + len(stop), stop) for stop in self._stop if stop in text]
         if found:
-            at, self.stopped_by = min(found, key=lambda place: (place[0], -len(place[1])))
+            end, self.stopped_by = min(found, key=lambda place: (place[0], -len(place[1])))
             self._held = ""
-            return text[:at]
+            return text[: end - len(self.stopped_by)]
         certain = len(text) - self._may_begin_a_stop(text)
         self._held = text[certain:]
         return text[:certain]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -74,7 +76,7 @@ def test_a_step_waits_for_nothing(no_host_sync, quantized):
     cache = KVCache.full(model.config, 4, dtype=torch.bfloat16, device="cuda")
     decoder = Decoder(
         model, cache, Sampling(top_k=20, top_p=0.9), seed=1, sequences=range(4), logprobs=True,
-        capture=cuda_graph,
+        capture=partial(cuda_graph, torch.device("cuda", 0)),
     )  # fmt: skip
     texts = [torch.tensor(ids, device="cuda") for ids in UNEQUAL]
     decoder.begin(texts)
@@ -119,6 +121,26 @@ def test_streams_end_soon_after_the_last_stop_id():
         new = ids[len(prompt) :].tolist()
         first = min(new.index(stop) for stop in stops if stop in new)
         assert short.tolist() == prompt + new[: first + 1]
+
+
+def test_a_stream_with_many_stop_ids_waits_for_nothing(no_host_sync):
+    model = make(torch.bfloat16)
+    drawn = stream(model, UNEQUAL, 60, seed=2, stop_ids=range(200, 240))
+    for _ in range(3):  # libraries start up, and the step is captured
+        next(drawn)
+    no_host_sync()
+    for _ in zip(range(20), drawn, strict=False):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_graph_on_another_gpu_than_the_current_one():
+    model = make(torch.bfloat16)
+    expected = model.generate(UNEQUAL, 40, seed=1)
+    for ours, theirs in zip(
+        model.to("cuda:1").generate(UNEQUAL, 40, seed=1), expected, strict=True
+    ):
+        assert torch.equal(ours.cpu(), theirs.cpu())
 
 
 def test_text_streams_and_stops():

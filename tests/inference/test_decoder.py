@@ -225,6 +225,7 @@ def test_ids_past_the_tokenizer_are_neither_drawn_nor_marked(model):
 def as_on_a_gpu(monkeypatch):
     """On a CPU the references look at values, for speed; on a GPU they do not."""
     monkeypatch.setattr("almostgpt.kernels.kv_cache_reference._common_length", lambda layer: None)
+    monkeypatch.setattr("almostgpt.kernels.kv_layer.has_values", lambda tensor: False)
     monkeypatch.setattr("almostgpt.kernels.sample_reference.unread", lambda tensor: True)
 
 
@@ -270,6 +271,38 @@ def test_a_captured_step_does_not_run_past_the_cache(monkeypatch):
     with pytest.raises(UserError, match="1 tokens after 10 cached ones are more than the 10"):
         decoder.step()
     assert cache.length == 10
+
+
+@pytest.mark.parametrize("when", ["capture", "replay"])
+def test_after_a_capture_or_a_replay_that_failed_the_cache_says_so(monkeypatch, when):
+    """Whether the device has counted is not known then; the caller's cache must not go on."""
+    as_on_a_gpu(monkeypatch)
+
+    def interrupted(step):
+        if when == "capture":
+            step()
+            raise KeyboardInterrupt
+
+        def replay():
+            raise KeyboardInterrupt
+
+        step()
+        return replay
+
+    model = make()
+    cache = KVCache.full(model.config, 1, 20, dtype=torch.float64)
+    decoder = Decoder(model, cache, Sampling(), seed=0, sequences=[0], capture=interrupted)
+    decoder.begin([text(5)])
+    decoder.step()
+    with pytest.raises(KeyboardInterrupt):
+        decoder.step()
+    with pytest.raises(UserError, match="reset"):
+        cache.begin(1)
+    cache.reset()
+    assert torch.equal(
+        model.generate(text(5)[None], 5, cache=cache, seed=0),
+        model.generate(text(5)[None], 5, seed=0),
+    )
 
 
 def test_what_is_drawn_stays_and_is_an_ordinary_tensor(model):

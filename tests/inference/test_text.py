@@ -39,12 +39,12 @@ def assembled(tokenizer, ids, stop=()) -> tuple[list[str], str | None]:
 
 
 def by_definition(whole: str, stop) -> tuple[str, str | None]:
-    """Up to the first place where a stop string begins; of several there the longest."""
-    found = [(whole.index(s), -len(s), s) for s in stop if s in whole]
-    if not found:
-        return whole, None
-    at, _, s = min(found)
-    return whole[:at], s
+    """Up to the stop string that is complete first, and of those that end there the longest."""
+    for end in range(len(whole) + 1):
+        if ending := [s for s in stop if whole[:end].endswith(s)]:
+            longest = max(ending, key=len)
+            return whole[: end - len(longest)], longest
+    return whole, None
 
 
 # ---------------------------------------------------------------- the assembler
@@ -61,9 +61,7 @@ def test_text_ends_before_the_first_stop_string_however_it_is_cut_into_tokens(da
     pieces, stopped_by = assembled(tokens, range(tokens.vocab_size), stop)
     expected, by = by_definition(whole, stop)
     assert "".join(pieces) == expected
-    # Where one stop string begins another, the shorter one is found first if tokens bring it alone.
-    assert (stopped_by is None) == (by is None)
-    assert stopped_by is None or whole.startswith(stopped_by, len(expected))
+    assert stopped_by == by
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,6 +70,14 @@ def test_characters_come_out_whole_and_as_soon_as_they_can(whole):
     pieces, _ = assembled(BYTES, BYTES.encode(whole))
     assert "".join(pieces) == whole
     assert [piece for piece in pieces if piece] == list(whole)  # byte by byte: one at a time
+
+
+@pytest.mark.parametrize("cuts", [(b"x", b"abc"), (b"x", b"ab", b"c"), (b"xabc",)])
+def test_the_stop_string_that_is_complete_first_counts(cuts):
+    pieces, stopped_by = assembled(Pieces(*cuts), range(len(cuts)), ["b", "abc"])
+    assert "".join(pieces) == "xa" and stopped_by == "b"
+    pieces, stopped_by = assembled(Pieces(*cuts), range(len(cuts)), ["c", "bc"])
+    assert "".join(pieces) == "xa" and stopped_by == "bc"
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back():

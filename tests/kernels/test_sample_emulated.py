@@ -40,7 +40,7 @@ def seen_like(logits: torch.Tensor) -> torch.Tensor:
     dtype=st.sampled_from(DTYPES),
     offset=st.integers(0, 9),
     apart=st.sampled_from([9, 13, 16]),
-    temperature=st.sampled_from([0, 1e-3, 0.4, 1.0, 3.0]),
+    temperature=st.sampled_from([0, 1e-3, 0.4, 1.0, 3.0, 1e39]),
     top_k=st.sampled_from([None, 1, 2, 30, 400]),
     top_p=st.sampled_from([None, 1e-6, 0.4, 0.95, 1.0]),
     min_p=st.sampled_from([None, 0.03, 1.0]),

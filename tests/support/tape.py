@@ -4,11 +4,14 @@ As in a captured graph, tensors that the step found stay where they are, everyth
 (a length, a slice, a branch) is frozen, and nobody may ask for a tensor's value.
 """
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-VALUES_ASKED_FOR = ("_local_scalar_dense", "is_nonzero", "equal.default", "nonzero")
+# Ops whose result, or its shape, depends on values: on a GPU the host waits for them.
+VALUES_ASKED_FOR = ("_local_scalar_dense", "is_nonzero", "equal.default", "nonzero", "_unique",
+                    "masked_select", "repeat_interleave.Tensor")  # fmt: skip
 
 
 class _Tape(TorchDispatchMode):
@@ -18,9 +21,16 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not any(name in str(func) for name in VALUES_ASKED_FOR), f"{func} waits for the GPU"
+        if "aten.index" in str(func):
+            masks = [x for x in args[1] if x is not None and x.dtype == torch.bool]
+            assert not masks, f"{func} by a mask waits for the GPU"
         out = func(*args, **(kwargs or {}))
         self.ops.append((func, args, kwargs or {}, out))
         return out
+
+
+def _refused(*_, **__):
+    raise AssertionError("a tensor's values are asked for, which waits for the GPU")
 
 
 def tape(step):
@@ -28,7 +38,9 @@ def tape(step):
 
     The step runs while it is written down; a graph runs when it is first replayed.
     """
-    with _Tape() as written:
+    with pytest.MonkeyPatch.context() as patch, _Tape() as written:
+        for name in ("tolist", "numpy", "__array__"):  # not ops
+            patch.setattr(torch.Tensor, name, _refused)
         step()
     done = False
 
