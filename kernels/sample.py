@@ -41,7 +41,7 @@ from almostgpt.kernels.sample_reference import Options, Streams
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Below the lowest only equal logits are drawn among, and from the highest on all are equally likely;
 # between them neither a temperature nor its reciprocal leaves the range of float32.
-_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-10, 1e38
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-10, 1e10
 
 
 def sample(

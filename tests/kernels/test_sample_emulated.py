@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sample_truth import ODD, WAYS, check_rows, sampler, streams
 from torch.library import opcheck
@@ -51,6 +51,9 @@ def seen_like(logits: torch.Tensor) -> torch.Tensor:
 def test_what_is_drawn_is_what_may_be(
     V, dtype, offset, apart, temperature, top_k, top_p, min_p, penalty, card, seed
 ):
+    assume(
+        temperature < 1e30 or min_p != 1.0
+    )  # float32 does not tell the largest from others there
     logits = rows_at(offset, 3, V, dtype, seed, apart)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     seen = None
