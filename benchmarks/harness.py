@@ -136,21 +136,31 @@ def copy_bandwidth() -> float:
     return 2 * size / statistics.median(seconds)
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that the device reads at the most: the roof of what reads and hardly writes.
+class Reading:
+    """The roof of what reads and hardly writes: how long the device takes to read ``bytes`` of them.
 
     A copy also writes, for which a processor first reads the lines that are written over, so it
     understates. The faster of two ways: our linear layer of one row, whose weight is far larger than
     the caches, and PyTorch's sum of that weight.
     """
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    rows = 1 << (18 if DEVICE.type == "cuda" else 16)  # 1 GiB, 512 MiB
-    weight = torch.randn(rows, 2048, device=DEVICE, dtype=dtype)
-    x = torch.randn(1, 2048, device=DEVICE, dtype=dtype)
-    works = [torch.no_grad()(lambda: kernels.linear(x, weight)), weight.sum]
-    timer = device_timer(2)
-    rounds = [[timer(lambda work=work: work) for work in works] for _ in range(7)][2:]
-    return weight.nbytes / min(statistics.median(seconds) for seconds in zip(*rounds, strict=True))
+
+    def __init__(self):
+        dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+        rows = 1 << (18 if DEVICE.type == "cuda" else 16)  # 1 GiB, 512 MiB
+        weight = torch.randn(rows, 2048, device=DEVICE, dtype=dtype)
+        x = torch.randn(1, 2048, device=DEVICE, dtype=dtype)
+        self.bytes = weight.nbytes
+        self._works = [torch.no_grad()(lambda: kernels.linear(x, weight)), weight.sum]
+        self._timer = device_timer(5)
+
+    def seconds(self) -> float:
+        return min(self._timer(lambda work=work: work) for work in self._works)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that the device reads at the most."""
+    reading = Reading()
+    return reading.bytes / statistics.median([reading.seconds() for _ in range(7)][2:])
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
