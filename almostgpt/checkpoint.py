@@ -34,7 +34,7 @@ from almostgpt.config_file import load_config, to_yaml
 from almostgpt.data.tokenizer import Tokenizer, load_tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
-from almostgpt.files import fsync_folder, sha256_of, write_text
+from almostgpt.files import expand, fsync_folder, sha256_of, write_text
 from almostgpt.model import GPT
 from almostgpt.model.quantized import quantize as quantized
 
@@ -107,8 +107,7 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer, config: Config) -> No
     if folder.exists():
         raise UserError(f"{folder}: already exists")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir()
         _write_tensors(temporary / MODEL, model.state_dict())
@@ -204,7 +203,7 @@ def step_of(folder: Path | None) -> int:
 
 def find(run_or_checkpoint: str | Path) -> Path:
     """The checkpoint folder that a run folder (its newest whole one) or a checkpoint folder means."""
-    folder = Path(run_or_checkpoint)
+    folder = expand(run_or_checkpoint)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run folder or a checkpoint folder")
     if (folder / MANIFEST).exists() or folder.name.startswith("step-"):

@@ -28,6 +28,7 @@ al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -97,26 +98,33 @@ def check_options(
     repetition_penalty: float = 1.0,
 ) -> None:
     """Raises ``UserError`` for values that mean nothing."""
-    if not (_number(temperature) and 0 <= temperature < math.inf):
+    if not (_number(temperature) and temperature >= 0):
         raise UserError(f"temperature is {temperature}, but must be 0 (greedy) or above")
-    if top_k is not None and not (_whole(top_k) and top_k >= 1):
+    if top_k is not None and not (is_whole(top_k) and top_k >= 1):
         raise UserError(f"top_k is {top_k}, but must be a whole number from 1 on")
     if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p}, but must be in (0, 1]")
     if min_p is not None and not (_number(min_p) and 0 <= min_p <= 1):
         raise UserError(f"min_p is {min_p}, but must be in [0, 1]")
-    if not (_number(repetition_penalty) and 0 < repetition_penalty < math.inf):
+    if not (_number(repetition_penalty) and repetition_penalty > 0):
         raise UserError(
             f"repetition_penalty is {repetition_penalty}, but must be above 0 (1: none)"
         )
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: object) -> bool:
+    """A whole number, Python's or numpy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _number(value: object) -> bool:
-    return _whole(value) or isinstance(value, float)
+    """A number that fits into a float."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _check(logits, positions, seeds, sequences, seen=None, logprobs=False, **options) -> None:
@@ -155,10 +163,11 @@ def _check(logits, positions, seeds, sequences, seen=None, logprobs=False, **opt
 def _usable(options: dict) -> Options:
     """Of checked options: temperatures so low, or so high, that they make no difference made one."""
     given = Options(**options)
-    if given.temperature == 0:
-        return given
-    temperature = min(max(given.temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE)
-    return given._replace(temperature=temperature)
+    temperature = float(given.temperature)
+    if temperature > 0:
+        temperature = min(max(temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE)
+    top_k = None if given.top_k is None else int(given.top_k)
+    return given._replace(temperature=temperature, top_k=top_k)
 
 
 # --- torch.ops.almostgpt.sample and torch.ops.almostgpt_emulator.sample ----------------------------

@@ -33,9 +33,7 @@ examples:
 @dataclass(frozen=True)
 class EvalArguments:
     checkpoint: Path  # a run folder (its newest whole checkpoint) or one checkpoint folder
-    perplexity: (
-        Path  # a UTF-8 text file, a .bin token shard, or a prepared folder (validation split)
-    )
+    perplexity: Path  # a text file (UTF-8), a .bin shard, or a prepared folder: what validates
     window: int | None = None  # tokens that the model sees at once; null: its block_size
     stride: int | None = None  # tokens from window to window; null: half a window
     batch_size: int = 8  # windows at a time; changes speed and memory only

@@ -59,9 +59,7 @@ class GenerateArguments:
     logprobs: bool = False  # in JSON, the log-probability of each new token
     batch_size: int = 8  # texts made at the same time, with several prompts or JSON
     interactive: bool = False  # read prompts in turn; each continues the conversation so far
-    cache: str = (
-        "auto"  # auto (full, or rolling for more than a window) | full | rolling | int8 | none
-    )
+    cache: str = "auto"  # auto (full, or rolling past a window) | full | rolling | int8 | none
     window: int | None = None  # of a rolling cache: tokens that each one sees; null: block_size
     sink_tokens: int | None = None  # of them, from the very beginning of the text; null: 4
     quantize: str = "none"  # none | int8: linear layers in 8 bits, less to read for every token
@@ -84,6 +82,7 @@ def run(arguments: list[str]) -> int:
     if given.interactive:
         converse(_conversation(model, tokenizer, given), prompts[0], _write)
     elif given.json or len(prompts) > 1:
+        _check_prompts(tokenizer, prompts)
         _batches(model, tokenizer, given, prompts, seed)
     else:
         _samples(model, tokenizer, given, prompts[0], seed)
@@ -99,8 +98,8 @@ def _check(given: GenerateArguments) -> None:
         raise UserError(
             "--num-samples and --batch-size must be at least 1, --max-tokens at least 0"
         )
-    if not 0 <= given.sequence < 2**63:
-        raise UserError(f"--sequence is {given.sequence}, but must be in 0 … {2**63 - 1}")
+    if not 0 <= given.sequence <= 2**62:  # with room to count on
+        raise UserError(f"--sequence is {given.sequence}, but must be in 0 … {2**62}")
     if given.logprobs and not given.json:
         raise UserError("--logprobs is for --json")
     if given.interactive and (given.json or given.num_samples > 1 or given.prompt_file):
@@ -111,15 +110,25 @@ def _check(given: GenerateArguments) -> None:
 
 def _prompts(given: GenerateArguments) -> list[str]:
     if given.prompt_file is None:
-        return list(given.prompt)
+        return list(given.prompt) or [""]
     try:
-        lines = given.prompt_file.read_text(encoding="utf-8").splitlines()
+        lines = given.prompt_file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{given.prompt_file}: not a text in UTF-8: {error}") from error
-    prompts = [prompt for prompt in given.prompt if prompt] + [line for line in lines if line]
+    lines = [line.removesuffix("\r") for line in lines]
+    prompts = [prompt for prompt in (*given.prompt, *lines) if prompt]
     if not prompts:
         raise UserError(f"{given.prompt_file}: no line with a prompt")
     return prompts
+
+
+def _check_prompts(tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Raises ``UserError`` for text that the tokenizer cannot express, before any of it is continued."""
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            tokenizer.encode(prompt)
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from error
 
 
 def _sampling(given: GenerateArguments) -> Sampling:
@@ -234,7 +243,8 @@ def _batches(
         texts = _texts(model, tokenizer, given, batch, seed, first)
         for done, sequence in zip(texts.run(), range(first, first + len(batch)), strict=True):
             if given.json:
-                _write(json.dumps(_record(done, seed, sequence), ensure_ascii=False) + "\n")
+                record = _record(done, seed, sequence)
+                _write(json.dumps(record, ensure_ascii=not _shows_all()) + "\n")
             else:
                 print(f"--- text {sequence - given.sequence + 1}", file=sys.stderr)
                 _write(f"{done.prompt}{done.text}\n")
@@ -254,6 +264,10 @@ def _record(completion: Completion, seed: int, sequence: int) -> dict:
     return record
 
 
+def _shows_all() -> bool:
+    """Whether stdout takes every character; in JSON the others can be escaped."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)

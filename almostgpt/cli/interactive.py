@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from almostgpt.errors import UserError
 from almostgpt.inference.chat import Conversation
@@ -43,8 +44,8 @@ def _lines(first: str) -> Iterator[str]:
     """Lines from the terminal, until it has no more. Ctrl-C drops the line that is being written."""
     if first:
         yield first
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    while True:
+    terminal = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
+    while sys.stdin is not None:  # it is where it was closed
         try:
             if terminal:
                 yield input("> ")  # known to readline, which redraws it
@@ -97,10 +98,14 @@ def _answer(conversation: Conversation, prompt: str, write: Callable[[str], None
     print(f"[{stopped}{tokens} tokens{rate}, seed {conversation.seed}]", file=sys.stderr)
 
 
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
     """Arrow keys and a history that outlives the program, where there is readline and a terminal."""
-    if not sys.stdin.isatty():
+    if not _is_terminal(sys.stdin):
         yield
         return
     try:

@@ -10,6 +10,7 @@ from almostgpt import checkpoint
 from almostgpt.cli.arguments import parse
 from almostgpt.config import resolve
 from almostgpt.config_file import load_config
+from almostgpt.files import expand
 from almostgpt.model.quantized import quantize
 
 DESCRIPTION = """Writes a folder with the model in 8 bits, a quarter of it, for generation and evaluation.
@@ -25,7 +26,6 @@ examples:
 class QuantizeArguments:
     checkpoint: Path  # a run folder (its newest whole checkpoint) or one checkpoint folder
     out: Path  # the folder to make; it must not exist
-    kind: str = "int8"  # int8
 
 
 def run(arguments: list[str]) -> int:
@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     model, tokenizer = checkpoint.load(source)
     before = _bytes(model)
     config = resolve(load_config(source / checkpoint.CONFIG))
-    checkpoint.export(given.out, quantize(model, given.kind), tokenizer, config)
+    checkpoint.export(expand(given.out), quantize(model), tokenizer, config)
     result = {"out": str(given.out), "bytes_before": before, "bytes": _bytes(model)}
     print(json.dumps({**result, "parameters": model.num_parameters()}))
     return 0

@@ -133,6 +133,9 @@ def checked_options(
     model: GPT, window: int | None, stride: int | None, batch_size: int
 ) -> tuple[int, int]:
     """The window and the stride that are meant; ``UserError`` where the model cannot have them."""
+    for name, value in (("window", window), ("stride", stride), ("batch_size", batch_size)):
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise UserError(f"{name} is {value!r}, but must be a whole number")
     longest = model.config.block_size
     window = longest if window is None else window
     if not 2 <= window <= longest:

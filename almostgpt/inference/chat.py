@@ -25,7 +25,7 @@ class Conversation:
         model, tokenizer: as ``almostgpt.load`` gives them.
         max_new_tokens: of an answer.
         sampling: how tokens are drawn; it may be replaced between turns.
-        seed: None draws one for every conversation.
+        seed: None draws one, and another after every ``clear`` until one is set.
         stop, stop_ids: as of :class:`almostgpt.inference.text.TextStream`.
         cache, window, sink_tokens: as of :func:`almostgpt.inference.generate.stream`, but no ``KVCache``.
 
@@ -53,23 +53,34 @@ class Conversation:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self._max_new_tokens = max_new_tokens
         self._stop, self._stop_ids = tuple(stop), tuple(stop_ids)
-        self._given_seed = seed
-        self.seed = seed_or_new(seed)
+        self._seed, self._keeps_seed = seed_or_new(seed), seed is not None
+        self._turn = 0
         self.history: list[int] = []
         self.answer = 0
         self._cache = KVCache.for_model(model, 1, cache, None, window, sink_tokens)
 
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed, self._keeps_seed = seed_or_new(seed), True
+
     def clear(self) -> None:
         """Forgets all that was said."""
+        self._turn += 1
         self.history = []
-        self.seed = seed_or_new(self._given_seed)
+        if not self._keeps_seed:
+            self._seed = seed_or_new(None)
         if self._cache is not None:
             self._cache.reset()
 
     def say(self, prompt: str) -> Iterator[str]:
         """Continues the text by the prompt and yields the answer as it becomes certain.
 
-        An answer that nobody reads to its end stays in the history up to there.
+        An answer that nobody reads to its end stays in the history up to there; with the next turn,
+        or ``clear``, it is over.
 
         Raises:
             UserError: at once, and nothing was said: text that the tokenizer cannot express, or no
@@ -91,14 +102,18 @@ class Conversation:
             **vars(self.sampling),
         )
         self.history, self.answer = history, 0
-        return self._answer(steps, self.tokenizer.decode(new) if shown else "")
+        self._turn += 1
+        return self._answer(self._turn, steps, self.tokenizer.decode(new) if shown else "")
 
-    def _answer(self, steps: Iterator[Drawn], first: str) -> Iterator[str]:
-        if first:
-            yield first
+    def _answer(self, turn: int, steps: Iterator[Drawn], first: str) -> Iterator[str]:
         assembler = Assembler(self.tokenizer, self._stop)
+        if text := assembler.push_text(first):
+            yield text
         try:
-            for drawn in steps:
+            while turn == self._turn and assembler.stopped_by is None:
+                drawn = next(steps, None)
+                if drawn is None:
+                    break
                 id = int(drawn.ids)
                 self.history.append(id)
                 self.answer += 1
@@ -106,8 +121,6 @@ class Conversation:
                     break
                 if text := assembler.push(id):
                     yield text
-                if assembler.stopped_by is not None:
-                    break
         except (Exception, KeyboardInterrupt):
             # In the middle of a forward pass: the cache may be half written. Not where nobody reads on.
             if self._cache is not None:

@@ -69,7 +69,7 @@ class Decoder:
     ):
         self.model, self.cache = model, cache
         self.sampling, self.logprobs = sampling, logprobs
-        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        self.vocab_size = vocab_size or model.config.vocab_size
         self._capture = capture if cache is not None else None
         self._replay: Step | None = None
         B, device = len(sequences), model.device

@@ -15,7 +15,14 @@ from almostgpt.inference.cache_options import past_the_positions
 from almostgpt.inference.decoder import Decoder, Drawn, cuda_graph
 from almostgpt.inference.ended import Ended
 from almostgpt.inference.prompts import Prompts, as_texts
-from almostgpt.inference.sampling import Sampling, check_stop_ids, seed_or_new
+from almostgpt.inference.sampling import (
+    Sampling,
+    check_new_tokens,
+    check_sequences,
+    check_stop_ids,
+    check_vocab_size,
+    seed_or_new,
+)
 
 if TYPE_CHECKING:
     from almostgpt.model import GPT
@@ -36,8 +43,9 @@ def generate(
         each the prompt and what follows it, a stop id included. With ``logprobs`` a pair: that, and
         (B, max_new_tokens) float32, or a list of B tensors (new tokens,).
     """
-    drawn = list(stream(model, prompts, max_new_tokens, logprobs=logprobs, **options))
-    texts = as_texts(prompts, model.config.vocab_size, model.device)
+    texts = as_texts(prompts, model)
+    given = prompts if isinstance(prompts, Tensor) else texts
+    drawn = list(stream(model, given, max_new_tokens, logprobs=logprobs, **options))
     new = _side_by_side([step.ids for step in drawn], texts, torch.int64)
     scores = _side_by_side([step.logprobs for step in drawn], texts, torch.float32)
     if isinstance(prompts, Tensor) and not options.get("stop_ids"):
@@ -107,12 +115,12 @@ def stream(
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     seed = seed_or_new(seed)
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, but must be 0 or above")
+    max_new_tokens = check_new_tokens(max_new_tokens)
     config, device = model.config, model.device
-    texts = as_texts(prompts, config.vocab_size, device)
-    sequences = checked_sequences(sequences, len(texts))
-    stop_ids = check_stop_ids(stop_ids, vocab_size or config.vocab_size)
+    texts = as_texts(prompts, model)
+    sequences = check_sequences(sequences, len(texts))
+    vocab_size = check_vocab_size(vocab_size, config.vocab_size)
+    stop_ids = check_stop_ids(stop_ids, vocab_size)
     lengths = [len(text) for text in texts]
     tokens = max(lengths, default=0) + max_new_tokens if max_new_tokens else 0
     cached = 0
@@ -152,16 +160,6 @@ def _side_by_side(rows: list[Tensor | None], texts: list[Tensor], dtype: torch.d
         device = texts[0].device if texts else None
         return torch.zeros(len(texts), 0, dtype=dtype, device=device)
     return torch.stack(rows, dim=1)
-
-
-def checked_sequences(sequences: Sequence[int] | None, B: int) -> list[int]:
-    """B whole numbers of 64 bits; ``UserError`` for anything else."""
-    if sequences is None:
-        return list(range(B))
-    numbers = [n for n in sequences if isinstance(n, int) and 0 <= n < 2**63]
-    if len(numbers) != len(list(sequences)) or len(numbers) != B:
-        raise UserError(f"sequences must be {B} whole numbers from 0 on, not {sequences!r}")
-    return numbers
 
 
 def check_given(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from almostgpt.config import MAX_SEED
 from almostgpt.errors import UserError
-from almostgpt.kernels.sample import check_options
+from almostgpt.kernels.sample import check_options, is_whole
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,54 @@ def seed_or_new(seed: int | None) -> int:
     """
     if seed is None:
         return int(torch.randint(2**63 - 1, ()))
-    if not _whole(seed) or not 0 <= seed <= MAX_SEED:
-        raise UserError(f"seed is {seed}, but must be in 0 … {MAX_SEED}")
-    return seed
+    if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed!r}, but must be a whole number in 0 … {MAX_SEED}")
+    return int(seed)
 
 
-def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+def check_new_tokens(max_new_tokens: int) -> int:
+    """Raises ``UserError`` for what is no number of tokens."""
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens!r}, but must be a whole number from 0 on"
+        )
+    return int(max_new_tokens)
+
+
+def check_vocab_size(vocab_size: int | None, most: int) -> int:
+    """How many ids are drawn among: those of the tokenizer that the model has."""
+    if vocab_size is None:
+        return most
+    if not is_whole(vocab_size) or vocab_size < 1:
+        raise UserError(f"vocab_size is {vocab_size!r}, but must be a whole number from 1 on")
+    return min(int(vocab_size), most)
+
+
+def check_stop_ids(stop_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
     """Raises ``UserError`` for ids that no model of so many could draw."""
-    for id in stop_ids:
-        if not _whole(id) or not 0 <= id < vocab_size:
+    ids = _as_tuple("stop_ids", stop_ids)
+    for id in ids:
+        if not is_whole(id) or not 0 <= id < vocab_size:
             raise UserError(
                 f"stop_ids has {id!r}, which is no id of the {vocab_size} that are drawn"
             )
-    return tuple(dict.fromkeys(stop_ids))
+    return tuple(dict.fromkeys(int(id) for id in ids))
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_sequences(sequences: Iterable[int] | None, B: int) -> list[int]:
+    """The numbers of B sequences; ``UserError`` for anything else than whole ones of 64 bits."""
+    if sequences is None:
+        return list(range(B))
+    numbers = _as_tuple("sequences", sequences)
+    if len(numbers) != B or not all(is_whole(n) and 0 <= n < 2**63 for n in numbers):
+        raise UserError(
+            f"sequences must be {B} whole numbers in 0 … {2**63 - 1}, not {sequences!r}"
+        )
+    return [int(n) for n in numbers]
+
+
+def _as_tuple(name: str, values: Iterable) -> tuple:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise UserError(f"{name} must be a list, not {values!r}") from None

@@ -11,8 +11,8 @@ import torch
 
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.errors import UserError
-from almostgpt.inference.generate import checked_sequences, stream
-from almostgpt.inference.sampling import seed_or_new
+from almostgpt.inference.generate import stream
+from almostgpt.inference.sampling import check_sequences, seed_or_new
 
 if TYPE_CHECKING:
     from almostgpt.model import GPT
@@ -38,15 +38,16 @@ class Assembler:
 
     def push(self, id: int) -> str:
         """One more token; returns the text that is certain now."""
-        return self._add(self._decoder.decode(self._tokenizer.decode_bytes([id])))
+        return self.push_text(self._decoder.decode(self._tokenizer.decode_bytes([id])))
 
     def end(self) -> str:
         """No more tokens: the rest of the text, U+FFFD for a character that was not finished."""
-        text = self._add(self._decoder.decode(b"", final=True))
+        text = self.push_text(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text if self.stopped_by is not None else text + rest
 
-    def _add(self, text: str) -> str:
+    def push_text(self, text: str) -> str:
+        """The same for text that is no token of this sequence."""
         if self.stopped_by is not None:
             return ""
         text = self._held + text
@@ -74,7 +75,8 @@ class Completion:
 
     Attributes:
         prompt: as it was given.
-        text: what follows it, without the stop string.
+        text: what follows it, without the stop string; where an empty prompt began with a random
+            token, that first, which is none of the new ones.
         ids: the new tokens, those of the stop string or the stop id included.
         logprobs: of each of them, natural logarithms; None unless asked for.
         finish: ``"stop"`` (a stop string or id), ``"length"`` (max_new_tokens), or None: not yet.
@@ -127,8 +129,9 @@ class TextStream:
         **options,
     ):
         check_stop(stop)
+        check_texts(prompts)
         seed = seed_or_new(seed)
-        sequences = checked_sequences(sequences, len(prompts))
+        sequences = check_sequences(sequences, len(prompts))
         self.completions = [Completion(prompt) for prompt in prompts]
         self._assemblers = [Assembler(tokenizer, stop) for _ in prompts]
         self._first_texts = [""] * len(prompts)
@@ -155,16 +158,18 @@ class TextStream:
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for number, text in enumerate(self._first_texts):
+            text = self._stopping(number, self._assemblers[number].push_text(text))
             yield from self._show(number, text)
-        for drawn in self._steps:
+        while not all(completion.finish for completion in self.completions):
+            drawn = next(self._steps, None)
+            if drawn is None:
+                break
             ids = drawn.ids.tolist()  # here the host waits for the device, and nowhere else
             logprobs = None if drawn.logprobs is None else drawn.logprobs.tolist()
             for number, id in enumerate(ids):
                 if self.completions[number].finish is None:
                     score = None if logprobs is None else logprobs[number]
                     yield from self._show(number, self._take(number, id, score))
-            if all(completion.finish for completion in self.completions):
-                break
         for number, completion in enumerate(self.completions):
             if completion.finish is None:
                 completion.finish = "length"
@@ -185,9 +190,13 @@ class TextStream:
         if id in self._stop_ids:
             completion.finish, completion.stopped_by = "stop", id
             return assembler.end()
-        text = assembler.push(id)
-        if assembler.stopped_by is not None:
-            completion.finish, completion.stopped_by = "stop", assembler.stopped_by
+        return self._stopping(number, assembler.push(id))
+
+    def _stopping(self, number: int, text: str) -> str:
+        """Notes where the text ends with it, since a stop string came after it."""
+        if (stopped_by := self._assemblers[number].stopped_by) is not None:
+            self.completions[number].finish = "stop"
+            self.completions[number].stopped_by = stopped_by
         return text
 
     def _show(self, number: int, text: str) -> Iterator[tuple[int, str]]:
@@ -204,13 +213,21 @@ def first_tokens(
         return ids, False
     if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text], False
-    generator = torch.Generator().manual_seed((seed + sequence) % 2**64)
+    # Times an odd number of 64 bits: sequence 1 of a seed is not sequence 0 of the next seed.
+    generator = torch.Generator().manual_seed((seed + sequence * 0x9E3779B97F4A7C15) % 2**64)
     return torch.randint(tokenizer.vocab_size, (1,), generator=generator).tolist(), True
 
 
 def check_stop(stop: Sequence[str]) -> None:
     """Raises ``UserError`` for what is no list of strings to stop at."""
-    if isinstance(stop, str):
-        raise UserError(f"stop is a list of strings: give [{stop!r}]")
-    if not all(isinstance(text, str) and text for text in stop):
+    check_texts(stop, "stop")
+    if not all(stop):
         raise UserError("a stop string has at least one character")
+
+
+def check_texts(texts: Sequence[str], name: str = "prompts") -> None:
+    """Raises ``UserError`` for what is no list of strings."""
+    if isinstance(texts, str):
+        raise UserError(f"{name} is a list of strings: give [{texts!r}]")
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} must be a list of strings, not {texts!r}")

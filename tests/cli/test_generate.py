@@ -1,16 +1,20 @@
 """``almostgpt generate``: the text on stdout, JSON, batches, conversations, and what cannot be."""
 
+import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from almostgpt import load
+from almostgpt import GPT, GPTConfig, checkpoint, load
 from almostgpt.cli import interactive
 from almostgpt.cli.main import main
+from almostgpt.config import Config, resolve
+from almostgpt.data.tokenizer import CharTokenizer
 
 
 def generate(*arguments: str) -> int:
@@ -183,7 +187,7 @@ def test_where_positions_end_a_conversation_says_how_to_go_on(
 
 
 def records(capsys) -> list[dict]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def test_json_holds_what_was_drawn_and_why_it_ended(trained, capsys):
@@ -255,6 +259,50 @@ def test_prompts_in_batches_come_out_as_alone(trained, capsys, cache):
     out, err = capsys.readouterr()
     assert out.startswith("to be" + texts[8][0]["text"] + "\nor not to be")
     assert "--- text 2" in err and "2 of 2 texts" in err
+
+
+def test_lines_of_a_prompt_file_end_where_lines_end(trained, capsys):
+    """Not at a form feed or U+2028, which text may hold; a byte order mark is none of it."""
+    Path("prompts.txt").write_bytes("\ufeffa\x0cb\r\nc\u2028d\n".encode())
+    assert generate("--prompt-file=prompts.txt", "--json", "--max-tokens=0") == 0
+    assert [each["prompt"] for each in records(capsys)] == ["a\x0cb", "c\u2028d"]
+
+
+def test_json_is_escaped_where_stdout_cannot_show_it(trained, capsys, monkeypatch):
+    class Ascii(io.StringIO):
+        encoding = "ascii"
+
+    monkeypatch.setattr(sys, "stdout", Ascii())
+    assert generate("--prompt=日本", "--json", "--max-tokens=0") == 0
+    out = sys.stdout.getvalue()
+    assert out.isascii() and json.loads(out)["prompt"] == "日本"
+
+
+def test_a_prompt_that_cannot_be_is_named_before_any_is_continued(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = GPT(GPTConfig(block_size=16, vocab_size=3, n_layer=1, n_head=1, n_embd=16))
+    config = resolve(Config(model=model.config))
+    checkpoint.export(tmp_path / "run", model, CharTokenizer("abc"), config)
+    assert generate("--prompt", "ab", "c", "az", "--batch-size=1", "--json") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: prompt 3: the character 'z'")
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout"])
+def test_closed_streams_are_no_traceback(trained, closed):
+    code = "import sys; from almostgpt.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    arguments = "generate --checkpoint run --max-tokens 3 --device cpu"
+    close = "--interactive <&-" if closed == "stdin" else ">&-"
+    command = f"{sys.executable} -c '{code}' {arguments} {close}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_prompt_without_a_value_is_the_empty_one(trained, capsys):
+    assert generate("--max-tokens=5", "--seed=1", "--prompt") == 0
+    bare = capsys.readouterr().out
+    assert generate("--max-tokens=5", "--seed=1") == 0
+    assert capsys.readouterr().out == bare
 
 
 def test_min_p_and_the_penalty_reach_the_sampler(trained, capsys):

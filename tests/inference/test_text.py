@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -171,9 +172,70 @@ def test_where_texts_have_no_end_an_empty_prompt_begins_at_random():
     assert len(firsts) > 2
 
 
+def test_a_stop_string_may_begin_in_the_random_token_of_an_empty_prompt():
+    model = GPT(GPTConfig(block_size=8, vocab_size=2, n_layer=1, n_head=1, n_embd=8))
+    tokenizer = CharTokenizer("ab")
+    found = set()
+    for seed in range(30):
+        options = {"stop": ["ab", "ba"], "seed": seed}
+        done = TextStream(model, tokenizer, [""], 6, **options).run()[0]
+        assert "ab" not in done.text and "ba" not in done.text
+        found.add(done.stopped_by)
+        said = "".join(Conversation(model, tokenizer, 6, Sampling(), **options).say(""))
+        assert said == done.text
+    assert {"ab", "ba"} <= found
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy_are_numbers(model, number):
+    options = {"top_k": number(50), "temperature": np.float32(0.5), "seed": number(5)}
+    ids = model.generate(
+        [[1, 2]], number(4), sequences=[number(3)], stop_ids=[number(200)], **options
+    )
+    plain = model.generate(
+        [[1, 2]], 4, sequences=[3], stop_ids=[200], top_k=50, temperature=0.5, seed=5
+    )
+    assert ids[0].tolist() == plain[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "prompts, options, expected",
+    [
+        ([5, 6], {}, r"give \[\[5, 6\]\] for one"),
+        (None, {}, "prompts must be a list of texts"),
+        ([[1]], {"stop_ids": 5}, "stop_ids must be a list"),
+        ([[1]], {"sequences": 3}, "sequences must be a list"),
+        ([[1]], {"vocab_size": 0}, "vocab_size is 0"),
+        ([[1]], {"vocab_size": 2.5}, "vocab_size is 2.5"),
+        ([[1]], {"temperature": 10**400}, "temperature is 1000"),
+        ([[1]], {"repetition_penalty": 10**400}, "repetition_penalty is 1000"),
+        ([[1]], {"max_new_tokens": 3.0}, "max_new_tokens is 3.0"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens is True"),
+        ([[1]], {"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+    ],
+)
+def test_arguments_of_another_kind(model, prompts, options, expected):
+    with pytest.raises(UserError, match=expected):
+        model.generate(prompts, **{"max_new_tokens": 3, **options})
+
+
+def test_a_generator_of_prompts_is_read_once(model):
+    texts = [[1, 2], [3]]
+    expected = model.generate(texts, 4, seed=0)
+    ids = model.generate((text for text in texts), 4, seed=0)
+    assert [row.tolist() for row in ids] == [row.tolist() for row in expected]
+
+
+@pytest.mark.parametrize("prompts", ["abc", [b"a"], [None], 5])
+def test_prompts_that_are_no_texts(model, prompts):
+    with pytest.raises(UserError, match="prompts (is|must be) a list of strings"):
+        TextStream(model, BYTES, prompts, 3)
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
+        ({"stop": None}, "stop must be a list of strings"),
         ({"stop": "ab"}, r"stop is a list of strings: give \['ab'\]"),
         ({"stop": [""]}, "at least one character"),
         ({"stop_ids": [257]}, "stop_ids has 257"),
@@ -216,7 +278,8 @@ def test_settings_take_effect_with_the_next_turn(model):
     conversation.seed = 7
     assert "".join(conversation.say("a")) == "".join(talk(model, seed=7).say("a"))
     conversation.clear()
-    assert conversation.seed == 1
+    assert conversation.seed == 7  # what was set stays
+    conversation.seed = 1
     conversation.sampling = greedy = Sampling(temperature=0)
     assert "".join(conversation.say("a")) == "".join(talk(model, sampling=greedy).say("a"))
 
@@ -228,6 +291,22 @@ def test_without_a_seed_each_conversation_has_another(model):
         conversation.clear()
         seeds.append(conversation.seed)
     assert len(set(seeds)) == 4
+
+
+def test_an_answer_is_over_with_the_next_turn(model):
+    conversation, alone = talk(model), talk(model)
+    first = conversation.say("one")
+    next(first)
+    so_far = len(conversation.history)
+    second = "".join(conversation.say("two"))
+    assert list(first) == []
+    history = conversation.history[:so_far]
+    ids = model.generate([history + BYTES.encode("two")], 10, temperature=0.8, top_k=50, seed=1)
+    assert conversation.history == ids[0].tolist() and second == BYTES.decode(ids[0][-10:].tolist())
+    third = conversation.say("three")
+    next(third)
+    conversation.clear()
+    assert list(third) == [] and "".join(conversation.say("a")) == "".join(alone.say("a"))
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(model):
