@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from torch import Tensor
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
+from almostgpt.model.evaluating import evaluating
 
 PIECE = 1 << 20  # tokens decoded at a time
 
@@ -112,7 +112,7 @@ def perplexity(
     counts: list[int] = []
     windows, left = 0, sliding(len(tokens), window, stride)
     began = time.perf_counter()
-    with torch.no_grad(), _evaluating(model):
+    with evaluating(model):
         while batch := list(islice(left, batch_size)):
             ids, targets = (rows.to(device) for rows in _rows(tokens, batch))
             means.append(_loss(model, ids, targets))
@@ -186,16 +186,6 @@ def _loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
             f"out of memory on {ids.device} with {len(ids)} windows of {ids.shape[1] + 1} tokens: "
             "lower the batch size"
         ) from error
-
-
-@contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _checked(tokens: np.ndarray | Sequence[int], vocab_size: int) -> np.ndarray:

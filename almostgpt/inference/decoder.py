@@ -8,8 +8,7 @@ value. So a step can be captured once and replayed: a launch for the CPU, whatev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from almostgpt import kernels
 from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
 from almostgpt.inference.sampling import Sampling
+from almostgpt.model.evaluating import evaluating
 
 if TYPE_CHECKING:
     from almostgpt.model import GPT
@@ -76,18 +76,14 @@ class Decoder:
         self.ids = torch.zeros(B, dtype=torch.int64, device=device)
         self.positions = torch.zeros(B, dtype=torch.int64, device=device)
         self.sequences = torch.tensor(sequences, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(B, dtype=torch.int64, device=device)
+        as_int64 = seed - 2**64 if seed >= 2**63 else seed
+        self.seeds = torch.full((B,), as_int64, dtype=torch.int64, device=device)
         self.drawn_logprobs = torch.zeros(B, device=device) if logprobs else None
         self.seen = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(B, self.vocab_size, dtype=torch.bool, device=device)
         self._texts: list[Tensor] = []  # without a cache: of each sequence the last tokens
         self._steps = 0
-        self.reseed(seed)
-
-    def reseed(self, seed: int) -> None:
-        """Draws by another seed from here on."""
-        self.seeds.fill_(seed - 2**64 if seed >= 2**63 else seed)
 
     def begin(self, texts: Sequence[Tensor], cached: int = 0) -> Drawn:
         """Feeds the texts and draws the first new token of each.
@@ -195,20 +191,6 @@ def padded(texts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     if min(lengths) == max(lengths):
         return torch.stack(list(texts)), lengths
     return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True), lengths
-
-
-@contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """In evaluation and inference mode, whatever mode the caller's model is in."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if was_training:
-            model.train()
 
 
 def feed(model: GPT, ids: Tensor, cache: KVCache | None = None) -> Tensor:
