@@ -73,7 +73,7 @@ def test_int8_linear(size, rows, race, report, benchmark, copy_bandwidth):
     results = {name: (layer(example),) for name, layer in layers.items() if name != "F.linear"}
     held = kernels.dequantize_rows(example.codes, example.scales, DTYPE)
     results["a layer of what the codes stand for"] = (F.linear(example.x, held, example.bias),)
-    harness.check_equal(results)
+    harness.check_equal(results, float32=1e-4)  # on a processor ours takes x in 16 bits
     contestants = {name: peer(layer, inputs) for name, layer in layers.items()}
     calls = 16 if ON_CUDA else 4
     result = race(contestants, harness.device_timer(calls), seconds=SECONDS)
