@@ -82,7 +82,10 @@ def save(
         _write_tensors(temporary / OPTIMIZER, optimizer)
         write_text(temporary / STATE, json.dumps(state, indent=1))
         write_text(temporary / CONFIG, to_yaml(config))
-        _finish(temporary, final, tokenizer)
+        _complete(temporary, tokenizer)
+        if final.exists():  # only a damaged one: a whole one would have been resumed from
+            shutil.rmtree(final)
+        _rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -112,19 +115,21 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer, config: Config) -> No
         temporary.mkdir()
         _write_tensors(temporary / MODEL, model.state_dict())
         write_text(temporary / CONFIG, to_yaml(overlay(config, {"model": model.config})))
-        _finish(temporary, folder, tokenizer)
+        _complete(temporary, tokenizer)
+        _rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _finish(temporary: Path, final: Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer, the manifest, and the name under which it is found."""
-    tokenizer.save(temporary / TOKENIZER)
-    write_text(temporary / MANIFEST, json.dumps(_manifest(temporary), indent=1))
-    fsync_folder(temporary)
-    if final.exists():  # only a damaged one: a whole one would have been resumed from
-        shutil.rmtree(final)
+def _complete(folder: Path, tokenizer: Tokenizer) -> None:
+    """Adds the tokenizer, and the manifest of all that is there."""
+    tokenizer.save(folder / TOKENIZER)
+    write_text(folder / MANIFEST, json.dumps(_manifest(folder), indent=1))
+    fsync_folder(folder)
+
+
+def _rename(temporary: Path, final: Path) -> None:
     os.rename(temporary, final)
     fsync_folder(final.parent)
 

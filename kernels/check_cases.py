@@ -1,4 +1,7 @@
-"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work."""
+"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work.
+
+In one file, though it is long: it is a table, which is read an entry at a time.
+"""
 
 from __future__ import annotations
 

@@ -172,14 +172,10 @@ def _refuse_card(card, x, weight, scales, bias=None) -> str | None:
 _MOST_PORTABLE_ROWS = 8  # see docs/cpu.md
 
 
-def _cpu_fake(x, weight, scales, bias, instruction_set):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 cpu.define(
     "cpu_int8_linear",
     "(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int instruction_set) -> Tensor",
-    fake=_cpu_fake,
+    fake=_fake,
 )
 
 

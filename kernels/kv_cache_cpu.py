@@ -16,7 +16,7 @@ from almostgpt.kernels.kv_cache_reference import Options
 from almostgpt.kernels.kv_layer import KVLayer
 
 
-def _append_fake(q, k, v, keys, values, ks, vs, lengths, new_lengths, turns, sinks, reach, two, _):
+def _append_fake(q, k, v, keys, values, ks, vs, lengths, new_lengths, turns, sinks, reach, two):
     nothing = q.new_empty(0)
     if turns is None:
         return nothing, nothing.clone()

@@ -11,6 +11,9 @@ A forward pass calls ``begin``, ``extend`` once a layer, and ``advance``::
     with torch.no_grad():
         logits, _ = model(prompt, cache=cache)
         logits, _ = model(logits.argmax(-1), cache=cache)
+
+One class in one file, though it is long: making a cache, a forward pass over it and what the host
+counts of it share their state.
 """
 
 from __future__ import annotations

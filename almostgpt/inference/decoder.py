@@ -96,10 +96,9 @@ class Decoder:
         with evaluating(self.model):
             if self.cache is None:
                 self._texts = [text[-self.model.config.block_size :] for text in texts]
-                logits = self._without_cache()
+                self._draw(self._feed(self._texts))
             else:
-                logits = self._feed([text[cached:] for text in texts])
-            self._draw(logits)
+                self._draw(self._feed([text[cached:] for text in texts]))
         return self._drawn()
 
     def step(self) -> Drawn:
@@ -111,7 +110,7 @@ class Decoder:
                     torch.cat([text, new])[-size:]
                     for text, new in zip(self._texts, self.ids.split(1), strict=True)
                 ]
-                self._draw(self._without_cache())
+                self._draw(self._feed(self._texts))
             elif self._capture is None or self._steps == 0:
                 # A first time as it is: libraries start up, and take memory.
                 self._step()
@@ -156,16 +155,10 @@ class Decoder:
         self.positions.add_(1)
 
     def _feed(self, texts: list[Tensor]) -> Tensor:
-        """The logits after texts that follow what the cache holds: (B, vocab_size)."""
+        """The logits after texts, which follow what the cache holds if there is one: (B, vocab_size)."""
         ids, lengths = padded(texts)
         ragged = None if min(lengths) == max(lengths) else lengths
         logits, _ = self.model(ids, cache=self.cache, new_lengths=ragged)
-        return logits[:, -1]
-
-    def _without_cache(self) -> Tensor:
-        ids, lengths = padded(self._texts)
-        ragged = None if min(lengths) == max(lengths) else lengths
-        logits, _ = self.model(ids, new_lengths=ragged)
         return logits[:, -1]
 
     # ------------------------------------------------------------ around it
