@@ -54,7 +54,7 @@ else:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_generation(case: Case, race, report, benchmark):
+def test_generation(case: Case, race, report, benchmark, copy_bandwidth):
     config = GPTConfig(**MODEL_PRESETS[case.preset])
     peers, notes = generators(config)
     prompts = torch.randint(
@@ -110,7 +110,7 @@ def test_generation(case: Case, race, report, benchmark):
     report(
         harness.Table(
             f"generation, {case.preset}, {case.batch} x ({PROMPT} + {case.new}) tokens, greedy; "
-            f"reading {rate / 1e9:.1f} GB/s",
+            f"reading {rate / 1e9:.1f} GB/s, a copy {copy_bandwidth / 2e9:.1f} one way",
             (
                 "",
                 "first token ms",
