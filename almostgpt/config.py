@@ -1,6 +1,6 @@
 """Every setting of AlmostGPT: one tree of dataclasses, their derived values and their checks.
 
-``config_file.py`` reads the tree from YAML and writes it back.
+``config_model.py`` holds those of the model, ``config_file.py`` reads the tree from YAML and writes it back.
 
     load_config(name_or_file) -> Config -> resolve(config) -> Config with every derived value filled in
 """
@@ -8,54 +8,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from almostgpt.errors import UserError
+from almostgpt.config_model import GPTConfig, model_problems, resolve_model
+from almostgpt.errors import UserError, not_one_of
 
 MAX_SEED = 2**64 - 1  # of torch's generators
 MAX_INT = 2**31 - 1  # of every other whole number: they count what must fit into a machine
 
 # Settings that were switches once, and what false and true of an older file mean now.
 FORMER_SWITCHES = {"model.gradient_checkpointing": ("none", "full")}
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a model and the part chosen for each of its swappable places."""
-
-    block_size: int = 256  # longest sequence in tokens
-    vocab_size: int | None = None  # number of token ids; null takes the tokenizer's
-    vocab_multiple: int = 64  # rows of the embedding are rounded up to this (50257 -> 50304)
-    n_layer: int = 6  # number of blocks
-    n_head: int = 6  # number of query heads
-    n_kv_head: int | None = None  # number of key/value heads (1: MQA); null is n_head (MHA)
-    head_dim: int | None = None  # width of a head; null is n_embd / n_head
-    n_embd: int = 384  # width of the residual stream
-    mlp_ratio: float = 4.0  # hidden width of a plain feed-forward over n_embd (SwiGLU: 2/3 of it)
-    mlp_hidden: int | None = None  # hidden width of the feed-forward; null: from mlp_ratio
-    norm_eps: float = 1e-5  # added to the variance in norms
-    rope_base: float = 10000.0  # base of the rotary frequencies
-    dropout: float = 0.0  # after the embedding and after each sub-block
-    bias: bool = False  # biases in linear layers and LayerNorm
-    qkv_bias: bool | None = None  # bias of the QKV projection; null follows bias
-    tie_weights: bool = True  # the output projection shares the token embedding
-    gradient_checkpointing: str = "none"  # none | selective | full: less memory, more time
-    norm: str = "rmsnorm"  # layernorm | rmsnorm
-    feedforward: str = "swiglu"  # gelu | gelu_tanh | relu2 | swiglu
-    position: str = "rope"  # learned | sinusoidal | rope
-    attention: str = "full"  # full
-    quantize: str = "none"  # none | int8: matrices in 8 bits, for inference alone
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the token embedding: ``vocab_size`` rounded up to ``vocab_multiple``."""
-        if self.vocab_size is None:
-            raise UserError("model.vocab_size is not set: give the number of token ids")
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclass(frozen=True)
@@ -138,24 +102,6 @@ class Config:
 # ---------------------------------------------------------------- derived values and checks
 
 
-def resolve_model(model: GPTConfig) -> GPTConfig:
-    """Fills the derived sizes of a model. Pure; a resolved configuration resolves to itself."""
-    plain_hidden = model.mlp_ratio * model.n_embd
-    if model.feedforward == "swiglu":
-        # Three matrices instead of two: 2/3 of the width keeps the parameters (Shazeer 2020),
-        # rounded up to 32 so that every GEMM stays aligned.
-        derived_hidden = -(-int(plain_hidden * 2 / 3) // 32) * 32
-    else:
-        derived_hidden = int(plain_hidden)
-    return dataclasses.replace(
-        model,
-        n_kv_head=model.n_head if model.n_kv_head is None else model.n_kv_head,
-        head_dim=model.n_embd // max(model.n_head, 1) if model.head_dim is None else model.head_dim,
-        mlp_hidden=derived_hidden if model.mlp_hidden is None else model.mlp_hidden,
-        qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
-    )
-
-
 def resolve(config: Config) -> Config:
     """Fills every derived value and checks the whole tree; raises one ``UserError`` for all problems.
 
@@ -171,50 +117,6 @@ def resolve(config: Config) -> Config:
         min_lr=_first(config.schedule.min_lr, config.optimizer.lr / 10),
     )
     return dataclasses.replace(config, model=resolve_model(config.model), schedule=schedule)
-
-
-def model_problems(model: GPTConfig) -> list[str]:
-    """What is impossible about the sizes of a model, each as ``model.key: reason``."""
-    at_least_one = "block_size vocab_multiple n_layer n_head n_embd".split()
-    if_given = "vocab_size n_kv_head head_dim mlp_hidden".split()
-    problems = [
-        f"model.{name} is {getattr(model, name)}, but must be at least 1"
-        for name in [*at_least_one, *if_given]
-        if getattr(model, name) is not None and getattr(model, name) < 1
-    ]
-    for name in ("mlp_ratio", "norm_eps", "rope_base"):
-        if not 0 < getattr(model, name) < math.inf:
-            problems.append(
-                f"model.{name} is {getattr(model, name)}, but must be above 0 and finite"
-            )
-    if problems:
-        return problems
-    if model.head_dim is None and model.n_embd % model.n_head:
-        problems.append(
-            f"model.n_embd ({model.n_embd}) is not a multiple of model.n_head ({model.n_head}); "
-            "change one of them or set model.head_dim"
-        )
-    if model.n_kv_head is not None and model.n_head % model.n_kv_head:
-        problems.append(
-            f"model.n_head ({model.n_head}) is not a multiple of model.n_kv_head ({model.n_kv_head})"
-        )
-    head_dim = resolve_model(model).head_dim
-    if model.position == "rope" and head_dim % 2:
-        problems.append(f"model.head_dim is {head_dim}, but model.position=rope needs an even one")
-    if model.position == "sinusoidal" and model.n_embd % 2:
-        problems.append(
-            f"model.n_embd is {model.n_embd}, but model.position=sinusoidal needs an even one"
-        )
-    choices = {
-        "gradient_checkpointing": ("none", "selective", "full"),
-        "quantize": ("none", "int8"),
-    }
-    for key, known in choices.items():
-        if (value := getattr(model, key)) not in known:
-            problems.append(f"model.{key} is {not_one_of(value, known)}")
-    if not 0 <= model.dropout < 1:
-        problems.append(f"model.dropout is {model.dropout}, but must be in [0, 1)")
-    return problems
 
 
 def config_problems(config: Config) -> list[str]:
@@ -272,15 +174,6 @@ def config_problems(config: Config) -> list[str]:
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(f"optimizer.betas is {config.optimizer.betas}, but both must be in [0, 1)")
     return problems
-
-
-def not_one_of(name: object, known: Iterable[str]) -> str:
-    """``'layernrm', which is not one of layernorm, rmsnorm; did you mean layernorm?``"""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"{name!r}, which is not one of {', '.join(known)}" + (
-        f"; did you mean {near[0]}?" if near else ""
-    )
 
 
 def _first(value: Any, default: Any) -> Any:
