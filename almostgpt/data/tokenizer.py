@@ -55,6 +55,10 @@ class Tokenizer(ABC):
         """The tokenizer that :meth:`settings` describes; ``UserError`` if it describes none."""
         return cls()
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both give every text the same ids."""
+        return (self.name, self.settings()) == (other.name, other.settings())
+
     @property
     def dtype(self) -> np.dtype:
         """The smallest of uint16 and uint32 that holds every id."""
