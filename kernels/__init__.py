@@ -35,6 +35,7 @@ from almostgpt.kernels.int8_linear import (
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear import LINEAR, linear
+from almostgpt.kernels.linear_attention import LinearState
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
@@ -65,6 +66,7 @@ __all__ = [
     "EmulatorError",
     "Explanation",
     "KVLayer",
+    "LinearState",
     "build_info",
     "cross_entropy",
     "decode_attention",

@@ -99,6 +99,11 @@ class GPT(nn.Module):
         return self.norm.weight.dtype
 
     @property
+    def endless(self) -> bool:
+        """Whether it can go on beyond ``block_size`` over a cache."""
+        return self.position.endless and ATTENTIONS[self.config.attention].endless
+
+    @property
     def device(self) -> torch.device:
         return self.norm.weight.device
 
@@ -178,6 +183,7 @@ class GPT(nn.Module):
                 self.output_weight,
                 targets,
                 vocab_size=self.config.vocab_size,
+                softcap=self.config.logit_softcap,
             )
             result = None, loss
         else:
@@ -201,19 +207,23 @@ class GPT(nn.Module):
         cached = cache.lengths
         if len(cached) != B:
             raise UserError(f"the cache is of {len(cached)} sequences, but ids of {B}")
-        if self.position.endless:
+        if self.endless:
             return
+        ends = f"{self.config.position} positions end"
+        if self.position.endless:
+            ends = f"{self.config.attention} attention ends"
         for before, new in zip(cached, new_lengths or [T] * B, strict=True):
             if before + new > self.config.block_size:
                 raise UserError(
                     f"{new} tokens after {before} cached ones are more than the model's block_size of "
-                    f"{self.config.block_size}, where {self.config.position} positions end: shorten the "
-                    "sequence"
+                    f"{self.config.block_size}, where {ends}: shorten the sequence"
                 )
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.token_embedding.logits if self.config.tie_weights else self.head
-        return logits(x)[..., : self.config.vocab_size]
+        project = self.token_embedding.logits if self.config.tie_weights else self.head
+        logits = project(x)[..., : self.config.vocab_size]
+        cap = self.config.logit_softcap  # Gemma 2, arXiv:2408.00118
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     def generate(self, prompts, max_new_tokens: int, **options):
         """Continues prompts: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).
