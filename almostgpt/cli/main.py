@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "text from a trained model",
     "quantize": "a trained model in 8 bits, for generation",
     "eval": "perplexity of a trained model on a text",
+    "ablate": "which part is better: the same run with each, over seeds",
     "prepare": "turn text into token shards",
     "info": "versions, devices, and which kernels would run here",
 }

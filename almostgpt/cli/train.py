@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from almostgpt.cli.arguments import Settings, parse
 from almostgpt.cli.settings import DEFAULT_PRESET, Beginning, absolute_paths, checked
 from almostgpt.config import Config, overlay
 from almostgpt.config_file import find_config, read_settings, to_yaml
-from almostgpt.data.dataset import Dataset
 from almostgpt.data.prepare import cached_dataset
-from almostgpt.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from almostgpt.data.tokenizer import Tokenizer, load_tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.files import expand
@@ -29,6 +27,7 @@ from almostgpt.training.run import (
     occupy,
     resume_config,
     stored_config,
+    with_vocabulary,
     write_config,
 )
 from almostgpt.training.trainer import Trainer
@@ -167,19 +166,3 @@ def _models_tokenizer(
             "--resume: the run has no checkpoint yet, so it needs the weights that it began with "
             f"(--init): {error}. Bring them back, or start a new run"
         ) from error
-
-
-def with_vocabulary(config: Config, dataset: Dataset) -> Config:
-    """``model.vocab_size`` from the tokenizer, unless the configuration asks for more.
-
-    More is room for ids to come, or a way to measure a larger vocabulary; text is made from the
-    tokenizer's ids alone.
-    """
-    wanted, needed = config.model.vocab_size, dataset.vocab_size
-    if wanted is not None and wanted < needed:
-        raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {needed} ids")
-    model = dataclasses.replace(config.model, vocab_size=wanted or needed)
-    data = config.data
-    if data.tokenizer in TOKENIZERS:  # a prepared folder brings its own, which is what was used
-        data = dataclasses.replace(data, tokenizer=dataset.tokenizer.name)
-    return dataclasses.replace(config, model=model, data=data)
