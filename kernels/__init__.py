@@ -25,6 +25,7 @@ from almostgpt.kernels.activations import GELU, RELU_SQUARED, SWIGLU, gelu, relu
 from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
+from almostgpt.kernels.expert_linear import EXPERT_LINEAR, expert_linear
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
 from almostgpt.kernels.int8_linear import (
     INT8_LINEAR,
@@ -35,7 +36,7 @@ from almostgpt.kernels.int8_linear import (
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear import LINEAR, linear
-from almostgpt.kernels.linear_attention import LinearState
+from almostgpt.kernels.linear_attention import LINEAR_ATTENTION, LinearState, linear_attention
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
@@ -57,6 +58,8 @@ OPS: dict[str, dispatch.Op] = {
         SAMPLE,
         LINEAR,
         INT8_LINEAR,
+        LINEAR_ATTENTION,
+        EXPERT_LINEAR,
     )
 }
 
@@ -72,12 +75,14 @@ __all__ = [
     "decode_attention",
     "dequantize_rows",
     "emulator",
+    "expert_linear",
     "explain",
     "flash_attention",
     "gelu",
     "int8_linear",
     "kv_append",
     "linear",
+    "linear_attention",
     "linear_cross_entropy",
     "quantize_rows",
     "relu_squared",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from almostgpt.kernels import check_linear
+from almostgpt.kernels import check_linear, check_parts
 from almostgpt.kernels.check_kv_cache import (
     kv_heads,
     layer_for,
@@ -395,6 +395,34 @@ _SAMPLE = Case(
 )
 
 
+_LINEAR_ATTENTION = Case(
+    "linear_attention",
+    dimensions="BxHxTxD",
+    inputs=check_parts.linear_attention_inputs,
+    plain=check_parts.plain_linear_attention,
+    outputs=("y",),
+    work=lambda shape: {
+        direction: Work(*work)
+        for direction, work in check_parts.linear_attention_work(shape).items()
+    },
+    shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
+)
+
+_EXPERT_LINEAR = Case(
+    "expert_linear",
+    dimensions="EXPERTSxROWSxINPUTSxOUTPUTS",
+    inputs=check_parts.expert_linear_inputs,
+    plain=check_parts.plain_expert_linear,
+    outputs=("y",),
+    work=lambda shape: {
+        direction: Work(*work) for direction, work in check_parts.expert_linear_work(shape).items()
+    },
+    shapes={"cuda": (8, 16384, 1024, 4096), "cpu": (4, 96, 64, 96), "emulator": (3, 9, 16, 8)},
+    constants=check_parts.expert_linear_offsets,
+    output=lambda shape: (shape[1], shape[3]),
+)
+
+
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
     "rms_norm with a residual": _ADD_RMS_NORM,
@@ -420,4 +448,6 @@ CASES: dict[str, Case] = {
     "sample, greedy": _SAMPLE,
     "linear": _LINEAR,
     "int8_linear": _INT8_LINEAR,
+    "linear_attention": _LINEAR_ATTENTION,
+    "expert_linear": _EXPERT_LINEAR,
 }
