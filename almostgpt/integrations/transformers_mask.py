@@ -200,9 +200,8 @@ def _borders_of_packed(numbers: Tensor) -> Tensor:
 
 
 def _borders_of_padding(real: Tensor) -> Tensor:
-    """(B, T), at most one run of True a row → cu_seqlens (3·B + 1,): before, within and after it."""
+    """(B, T), at most one run of True a row → cu_seqlens (2·B + 1,): before it, and from it on."""
     B, T = real.shape
     rows = torch.arange(B, device=real.device) * T
-    first = real.int().argmax(1)
-    borders = torch.stack([rows, rows + first, rows + first + real.sum(1)], dim=1)
+    borders = torch.stack([rows, rows + real.int().argmax(1)], dim=1)
     return torch.cat([borders.flatten(), rows.new_tensor([B * T])]).int()
