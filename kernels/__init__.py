@@ -22,9 +22,16 @@ if __name__ == "kernels":
 from almostgpt.errors import UserError
 from almostgpt.kernels import cpu, dispatch, emulator, native  # noqa: F401
 from almostgpt.kernels.activations import GELU, RELU_SQUARED, SWIGLU, gelu, relu_squared, swiglu
+from almostgpt.kernels.block_sparse_attention import (
+    BLOCK_SPARSE_ATTENTION,
+    BlockPattern,
+    block_sparse_attention,
+    random_blocks,
+)
 from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
+from almostgpt.kernels.expert_linear import EXPERT_LINEAR, expert_linear
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
 from almostgpt.kernels.int8_linear import (
     INT8_LINEAR,
@@ -35,6 +42,7 @@ from almostgpt.kernels.int8_linear import (
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear import LINEAR, linear
+from almostgpt.kernels.linear_attention import LINEAR_ATTENTION, LinearState, linear_attention
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
@@ -56,28 +64,37 @@ OPS: dict[str, dispatch.Op] = {
         SAMPLE,
         LINEAR,
         INT8_LINEAR,
+        LINEAR_ATTENTION,
+        EXPERT_LINEAR,
+        BLOCK_SPARSE_ATTENTION,
     )
 }
 
 __all__ = [
     "BACKENDS",
     "OPS",
+    "BlockPattern",
     "EmulatorError",
     "Explanation",
     "KVLayer",
+    "LinearState",
+    "block_sparse_attention",
     "build_info",
     "cross_entropy",
     "decode_attention",
     "dequantize_rows",
     "emulator",
+    "expert_linear",
     "explain",
     "flash_attention",
     "gelu",
     "int8_linear",
     "kv_append",
     "linear",
+    "linear_attention",
     "linear_cross_entropy",
     "quantize_rows",
+    "random_blocks",
     "relu_squared",
     "rms_norm",
     "rope",
