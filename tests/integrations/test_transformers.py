@@ -74,7 +74,7 @@ def test_the_padding_is_seen_where_only_the_attention_is_registered(monkeypatch)
 
 def test_gradient_checkpointing():
     model, real = make("mistral").train(), MASKS["left"]
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert_same(
         model,
         lambda model: logits_and_gradients(model, ids(3, T), real, attention_mask=real),
