@@ -121,6 +121,11 @@ class GPT2Tokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(self._known(ids))
 
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """The id of every token but the special one, which is also the order of the merges."""
+        return {self._encoding.decode_single_token_bytes(id): id for id in range(50256)}
+
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     kind.name: kind for kind in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, HuggingFaceTokenizer)
