@@ -35,6 +35,7 @@ from almostgpt.kernels.int8_linear import (
 from almostgpt.kernels.kv_cache import DECODE_ATTENTION, KV_APPEND, decode_attention, kv_append
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.linear import LINEAR, linear
+from almostgpt.kernels.linear_attention import LINEAR_ATTENTION, LinearState, linear_attention
 from almostgpt.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from almostgpt.kernels.rms_norm import RMS_NORM, rms_norm
 from almostgpt.kernels.rope import ROPE, rope
@@ -56,6 +57,7 @@ OPS: dict[str, dispatch.Op] = {
         SAMPLE,
         LINEAR,
         INT8_LINEAR,
+        LINEAR_ATTENTION,
     )
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "EmulatorError",
     "Explanation",
     "KVLayer",
+    "LinearState",
     "build_info",
     "cross_entropy",
     "decode_attention",
@@ -76,6 +79,7 @@ __all__ = [
     "int8_linear",
     "kv_append",
     "linear",
+    "linear_attention",
     "linear_cross_entropy",
     "quantize_rows",
     "relu_squared",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from almostgpt.kernels import check_linear
+from almostgpt.kernels import check_linear, check_parts
 from almostgpt.kernels.check_kv_cache import (
     kv_heads,
     layer_for,
@@ -395,6 +395,20 @@ _SAMPLE = Case(
 )
 
 
+_LINEAR_ATTENTION = Case(
+    "linear_attention",
+    dimensions="BxHxTxD",
+    inputs=check_parts.linear_attention_inputs,
+    plain=check_parts.plain_linear_attention,
+    outputs=("y",),
+    work=lambda shape: {
+        direction: Work(*work)
+        for direction, work in check_parts.linear_attention_work(shape).items()
+    },
+    shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
+)
+
+
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
     "rms_norm with a residual": _ADD_RMS_NORM,
@@ -420,4 +434,5 @@ CASES: dict[str, Case] = {
     "sample, greedy": _SAMPLE,
     "linear": _LINEAR,
     "int8_linear": _INT8_LINEAR,
+    "linear_attention": _LINEAR_ATTENTION,
 }

@@ -137,21 +137,27 @@ def decode(
     start = _common_length(layer) if new_lengths is None else None
     one_query = q_sink is q or layer.sink_tokens == 0
     if one_query and start is not None and start + q.shape[2] <= layer.reach:
-        k, v = in_order(layer, start + q.shape[2], q)
+        k, v = in_order(layer, range(start + q.shape[2]), q)
         return reference(q, k, v, causal=True, **options._asdict())
     return decode_slots(q, q_sink, layer, new_lengths, options)
 
 
-def in_order(layer: KVLayer, tokens: int, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first tokens, none of which has lost its slot: (B, Hkv, tokens, D)."""
+def in_order(layer: KVLayer, positions: range, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of these positions, none of which has lost its slot: (B, Hkv, positions, D).
+
+    With sinks they must begin at 0 and end before the ring comes round.
+    """
+
+    def slots_of(stored: Tensor | None) -> Tensor | None:
+        if stored is None or positions.stop <= layer.capacity:
+            return None if stored is None else stored[:, :, positions.start : positions.stop]
+        slots = torch.arange(positions.start, positions.stop, device=stored.device)
+        return stored.index_select(2, slots % layer.capacity)
+
     sides = ((layer.keys, layer.key_scales), (layer.values, layer.value_scales))
     k, v = (
-        dequantized(
-            slots[:, :, :tokens],
-            None if scales is None else scales[:, :, :tokens],
-            *(q.shape[3], q.dtype),
-        )
-        for slots, scales in sides
+        dequantized(slots_of(stored), slots_of(scales), q.shape[3], q.dtype)
+        for stored, scales in sides
     )
     return k, v
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from almostgpt import kernels
-from almostgpt.kernels import KVLayer
+from almostgpt.kernels import KVLayer, LinearState
 from almostgpt.kernels.dispatch import CARDS, Card, Explanation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
@@ -86,6 +86,16 @@ def _sample(empty: Empty, V=1024, **options) -> Call:
 def _int8_linear(empty: Empty, rows=1, K=1024, **options) -> Call:
     weight, scales = empty(4096, K, dtype=torch.int8), empty(4096, dtype=torch.float32)
     return (empty(rows, K), weight, scales), options
+
+
+def _linear_attention(empty: Empty, T=512, state=False, documents=False) -> Call:
+    q, k = empty(2, 8, T, 64), empty(2, 2, T, 64)
+    options = {}
+    if state:
+        options["state"] = LinearState.empty(2, 2, 64, dtype=q.dtype, device=q.device)
+    if documents:
+        options["documents"] = empty(2, T, dtype=torch.int32)
+    return (q, k, k), options
 
 
 _SINKS = {"window": 512, "sink_tokens": 4}
@@ -201,6 +211,11 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "17 tokens": lambda empty: _int8_linear(empty, rows=17),
         "bias": lambda empty: _int8_linear(empty, bias=empty(4096)),
         "rows of 1000": lambda empty: _int8_linear(empty, K=1000),
+    },
+    "linear_attention": {
+        "a sequence": lambda empty: _linear_attention(empty),
+        "packed documents": lambda empty: _linear_attention(empty, documents=True),
+        "one token on a state": lambda empty: _linear_attention(empty, T=1, state=True),
     },
 }
 

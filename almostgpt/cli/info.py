@@ -145,6 +145,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("sample", (x[0], ids, ids, ids), {"top_k": 50}),
         ("linear", (x[0, :1], x[0]), {}),
         ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
+        ("linear_attention", (q, q, q), {}),
     ]
 
 

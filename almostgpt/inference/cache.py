@@ -4,6 +4,7 @@
     rolling   slots for the first tokens (the sinks) and for the last ones: it never ends
     in int8   either of them, in about half the bytes of 16-bit floats
 
+A layer with a sliding window keeps that window in either, and one of linear attention its sums.
 ``almostgpt.kernels.kv_cache`` says which slot holds which token, what a token sees and from how far.
 A forward pass calls ``begin``, ``extend`` once a layer, and ``advance``::
 
@@ -26,21 +27,34 @@ import torch
 from torch import Tensor
 
 from almostgpt import kernels
-from almostgpt.config import GPTConfig, resolve_model
+from almostgpt.config_model import GPTConfig, resolve_model
 from almostgpt.errors import UserError
+from almostgpt.inference.cache_layers import (
+    Layer,
+    Slots,
+    copied,
+    device_of,
+    empty_layers,
+    forget,
+)
 from almostgpt.inference.cache_options import (
+    MATTERS,
     SINK_TOKENS,
+    check_int8,
     check_options,
+    check_rolls,
+    check_sums,
     check_whole,
     check_window,
     past_the_positions,
 )
 from almostgpt.inference.cache_parts import Part, on_device, planned
+from almostgpt.kernels import KVLayer, LinearState
 from almostgpt.kernels.kv_cache import MAX_QUERIES
 from almostgpt.kernels.kv_cache_reference import in_order
 from almostgpt.kernels.kv_layer import MAX_POSITION
 from almostgpt.kernels.rope import turns_of
-from almostgpt.model.attention import checked_lengths
+from almostgpt.model.attention import ATTENTIONS, checked_lengths
 from almostgpt.model.position import POSITIONS
 
 if TYPE_CHECKING:
@@ -61,19 +75,29 @@ class KVCache:
     host, so that nothing ever waits for a GPU to tell them.
 
     Attributes:
-        layers: a ``KVLayer`` for each layer of the model; they share lengths and tickets.
+        layers: a ``KVLayer`` for each layer of the model, which share lengths and tickets; of linear
+            attention a ``LinearState``.
+        device_lengths: (B,) int32, ``lengths`` on the device; every layer has this very tensor.
+        end: how many tokens a sequence may have.
         turns: (R/2,) int64, see ``kernels.rope.turns_of``; None where the model does not rotate.
         config: the model's, resolved.
     """
 
-    def __init__(self, config: GPTConfig, layers: Sequence[kernels.KVLayer], lengths: list[int]):
-        first = layers[0]
+    def __init__(self, config: GPTConfig, layers: Sequence[Layer], lengths: list[int], end: int):
         self.config = config
+        self.end = end
+        device = device_of(layers[0])
+        with torch.inference_mode(False):
+            self.device_lengths = torch.tensor(lengths, dtype=torch.int32).to(device)
+        shared = {"lengths": self.device_lengths}
+        if isinstance(layers[0], KVLayer):
+            shared["tickets"] = layers[0].tickets
         self.layers = tuple(
-            replace(layer, lengths=first.lengths, tickets=first.tickets) for layer in layers
+            replace(layer, **shared) if isinstance(layer, KVLayer) else layer for layer in layers
         )
+        self._slots = {Slots.of(layer) for layer in self.layers if isinstance(layer, KVLayer)}
         frequencies = POSITIONS[config.position].frequencies(config)
-        self.turns = None if frequencies is None else turns_of(frequencies).to(first.keys.device)
+        self.turns = None if frequencies is None else turns_of(frequencies).to(device)
         self._lengths = lengths
         self._finish()
 
@@ -100,7 +124,10 @@ class KVCache:
         """
         capacity = config.block_size if capacity is None else capacity
         check_whole("capacity", capacity, 1, MAX_POSITION)
-        return cls._made(config, batch, capacity, None, 0, int8, dtype, device)
+        if not ATTENTIONS[config.attention].endless:
+            reason = f", the model's block_size, where {config.attention} attention ends"
+            check_whole("capacity", capacity, 1, config.block_size, reason)
+        return cls._made(config, batch, Slots(capacity, None, 0), int8, dtype, device)
 
     @classmethod
     def rolling(
@@ -121,26 +148,21 @@ class KVCache:
         """
         window = config.block_size if window is None else window
         check_window(config, window, sink_tokens)
-        slots = window + MAX_QUERIES - 1
-        return cls._made(config, batch, slots, window, sink_tokens, int8, dtype, device)
+        check_rolls(config)
+        slots = Slots(window + MAX_QUERIES - 1, window, sink_tokens)
+        return cls._made(config, batch, slots, int8, dtype, device)
 
     @classmethod
-    def _made(cls, config, batch, slots, window, sink_tokens, int8, dtype, device) -> KVCache:
+    def _made(cls, config, batch, slots: Slots, int8, dtype, device) -> KVCache:
         config = resolve_model(config)
         check_whole("batch", batch, 0, MAX_POSITION)
         if not dtype.is_floating_point:
             raise UserError(f"dtype is {dtype}, but must be that of the model's weights")
-        layers = [
-            kernels.KVLayer.empty(
-                *(batch, config.n_kv_head, slots, config.head_dim),
-                dtype=torch.int8 if int8 else dtype,
-                window=window,
-                sink_tokens=sink_tokens,
-                device=device,
-            )
-            for _ in range(config.n_layer)
-        ]
-        return cls(config, layers, [0] * batch)
+        if int8:
+            check_int8(config)
+        layers = empty_layers(config, batch, slots, int8=int8, dtype=dtype, device=device)
+        end = slots.capacity if slots.window is None else MAX_POSITION
+        return cls(config, layers, [0] * batch, end)
 
     @classmethod
     def for_model(
@@ -171,15 +193,17 @@ class KVCache:
         if kind == "none":
             return None
         config = model.config
-        endless, block_size = model.position.endless, config.block_size
+        endless, block_size = model.endless, config.block_size
         if tokens is not None and tokens > block_size:
             if not endless:
-                raise UserError(past_the_positions(tokens, config))
+                raise UserError(past_the_positions(tokens, config, model.position.endless))
             if kind == "full":
                 raise UserError(
                     f"{tokens} tokens, prompt and new ones together, do not fit: a full cache ends at "
                     f"the model's block_size of {block_size}. cache=rolling goes on"
                 )
+        if config.attention == "linear":
+            check_sums(window, sink_tokens)
         window_or_all = block_size if window is None else window
         if sink_tokens is None and isinstance(window_or_all, int):
             sink_tokens = max(0, min(SINK_TOKENS, window_or_all - 1))
@@ -202,24 +226,9 @@ class KVCache:
         if n < 1:
             raise UserError(f"a fork has at least 1 of each sequence, not {n}")
 
-        def copied(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.repeat_interleave(n, 0)
-
-        layers = [
-            replace(
-                layer,
-                keys=copied(layer.keys),
-                values=copied(layer.values),
-                key_scales=copied(layer.key_scales),
-                value_scales=copied(layer.value_scales),
-                lengths=copied(layer.lengths),
-                tickets=layer.tickets.new_zeros(n * layer.tickets.numel()),
-            )
-            for layer in self.layers
-        ]
-        forked = KVCache(
-            self.config, layers, [length for length in self._lengths for _ in range(n)]
-        )
+        layers = [copied(layer, n) for layer in self.layers]
+        lengths = [length for length in self._lengths for _ in range(n)]
+        forked = KVCache(self.config, layers, lengths, self.end)
         forked._spoiled = self._spoiled
         return forked
 
@@ -231,30 +240,21 @@ class KVCache:
         return tuple(self._lengths)
 
     @property
-    def device_lengths(self) -> Tensor:
-        """The same as (B,) int32 on the device; every layer has this very tensor."""
-        return self.layers[0].lengths
-
-    @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return max(self._lengths) if self._lengths else 0
-
-    @property
-    def end(self) -> int:
-        """How many tokens a sequence may have."""
-        first = self.layers[0]
-        return first.capacity if first.window is None else MAX_POSITION
 
     def reset(self) -> None:
         """Forgets all tokens; the storage stays."""
         self._lengths = [0] * len(self._lengths)
         self.device_lengths.zero_()
+        for layer in self.layers:
+            forget(layer)
         self._finish()
 
     def check_model(self, config: GPTConfig) -> None:
         """Raises ``UserError`` where the cache is for another model than that of ``config``."""
-        for key in ("n_layer", "n_kv_head", "head_dim", "position", "rope_base"):
+        for key in MATTERS:
             its, theirs = getattr(self.config, key), getattr(config, key)
             if its != theirs:
                 raise UserError(f"the cache is for another model: its {key} is {its}, not {theirs}")
@@ -282,7 +282,9 @@ class KVCache:
         self._finish()
         if any(more < tokens for more in new):
             self._new_lengths = on_device([new], self.device_lengths)[0]
-        self._parts = planned(self.layers[0], self._lengths, new)
+        self._parts = {
+            slots: planned(slots, self._lengths, new, self.device_lengths) for slots in self._slots
+        }
         self._overwrites = self._would_overwrite(new)
         self._tokens, self._new = tokens, new
         before = self.device_lengths.long()[:, None]
@@ -299,48 +301,89 @@ class KVCache:
         options = {"new_lengths": self._new_lengths, "turns": self.turns}
         return Queries(*kernels.kv_append(q, k, v, self.layers[layer], **options))
 
-    def attend(self, layer: int, queries: Queries) -> Tensor:
+    def attend(self, layer: int, queries: Queries, alibi_slopes: Tensor | None = None) -> Tensor:
         """Attention of up to ``MAX_QUERIES`` tokens, just appended, over the layer: (B, H, T, D)."""
         return kernels.decode_attention(
             queries.q,
             self.layers[layer],
             q_sink=queries.q_sink,
             new_lengths=self._new_lengths,
+            alibi_slopes=alibi_slopes,
         )
 
-    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def extend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None = None
+    ) -> Tensor:
         """Both, of any number of tokens: stores k and v and gives the attention of q, (B, H, T, D).
 
         As long as every token sees all before it, ``flash_attention`` reads them from the cache, so
-        that of an int8 cache it too reads what is stored. From there on, and where sequences are not
-        equally long, ``MAX_QUERIES`` tokens go at a time.
+        that of an int8 cache it too reads what is stored; and in a layer with a window of its own,
+        which goes a window at a time. From there on, and where sequences are not equally long,
+        ``MAX_QUERIES`` tokens go at a time.
         """
         self._check_begun(layer, q)
         self._spoiled = self._overwrites
         stored = self.layers[layer]
+        parts = self._parts[Slots.of(stored)]
         out = [
-            self._extend_by(part, stored, *(x[:, :, part.tokens] for x in (q, k, v)))
-            for part in self._parts
+            self._extend_by(part, stored, *(x[:, :, part.tokens] for x in (q, k, v)), alibi_slopes)
+            for part in parts
         ]
-        done = self._parts[-1].tokens.stop if self._parts else 0
+        done = parts[-1].tokens.stop if parts else 0
         if done < self._tokens:  # no row has more
             out.append(torch.zeros_like(q[:, :, done:]))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
-    def _extend_by(self, part: Part, layer: kernels.KVLayer, q, k, v) -> Tensor:
+    def _extend_by(self, part: Part, layer: KVLayer, q, k, v, alibi_slopes) -> Tensor:
         if part.lengths is not None:
             layer = replace(layer, lengths=part.lengths)
         new_lengths = part.new_lengths
         q, q_sink = kernels.kv_append(q, k, v, layer, new_lengths=new_lengths, turns=self.turns)
-        if part.in_order is not None:
-            k, v = in_order(layer, part.in_order, q)
-            if new_lengths is not None:
-                # Where padding would be, a slot may hold anything: no key to see, but 0 · NaN is NaN.
-                slot = torch.arange(part.in_order, device=q.device)
-                empty = (slot >= (layer.lengths + new_lengths)[:, None])[:, None, :, None]
-                k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
-            return kernels.flash_attention(q, k, v, causal=True)
-        return kernels.decode_attention(q, layer, q_sink=q_sink, new_lengths=new_lengths)
+        if part.keys is None:
+            return kernels.decode_attention(
+                q, layer, q_sink=q_sink, new_lengths=new_lengths, alibi_slopes=alibi_slopes
+            )
+        k, v = in_order(layer, part.keys, q)
+        if new_lengths is not None:
+            # Where padding would be, a slot may hold anything: no key to see, but 0 · NaN is NaN.
+            position = torch.arange(part.keys.start, part.keys.stop, device=q.device)
+            empty = (position >= (layer.lengths + new_lengths)[:, None])[:, None, :, None]
+            k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
+        sees_all = layer.window is None or part.keys.stop <= layer.window
+        window = None if sees_all else (layer.window - 1, 0)
+        return kernels.flash_attention(
+            q, k, v, causal=True, window=window, alibi_slopes=alibi_slopes
+        )
+
+    def extend_sparse(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: kernels.BlockPattern,
+        alibi_slopes: Tensor | None = None,
+    ) -> Tensor:
+        """``extend`` for a layer of block-sparse attention, which has a slot for every token."""
+        self._check_begun(layer, q)
+        stored = self.layers[layer]
+        options = {"new_lengths": self._new_lengths, "turns": self.turns}
+        q, _ = kernels.kv_append(q, k, v, stored, **options)
+        together = all(had == self.length for had in self._lengths)
+        if together and self._tokens > 1:
+            start = self.length
+            k, v = in_order(stored, range(start + self._tokens), q)
+        else:
+            start = stored.lengths
+            k, v = in_order(stored, range(stored.capacity), q)
+        return kernels.block_sparse_attention(
+            q, k, v, pattern, start=start, alibi_slopes=alibi_slopes
+        )
+
+    def state(self, layer: int) -> tuple[LinearState, Tensor | None]:
+        """The sums of a layer of linear attention; its pass adds the new tokens of each sequence."""
+        self._spoiled = self._overwrites
+        return self.layers[layer], self._new_lengths
 
     def advance(self) -> None:
         """Ends a forward pass: its tokens are cached ones from here on."""
@@ -368,8 +411,10 @@ class KVCache:
         self._tokens = 0
         self._new = [0] * len(self._lengths)
         self._new_lengths: Tensor | None = None
-        self._parts: list[Part] = []
-        self._overwrites = False  # whether the pass takes slots of tokens that were still seen
+        self._parts: dict[Slots, list[Part]] = {}
+        self._overwrites = (
+            False  # whether the pass takes slots of tokens still seen, or adds to sums
+        )
         self._spoiled = False  # whether one did, and did not end; or a graph did not
 
     # ------------------------------------------------------------ on the host
@@ -384,7 +429,7 @@ class KVCache:
             if had + more > self.end:
                 raise UserError(
                     f"{more} tokens after {had} cached ones are more than the {self.end} that the cache "
-                    f"{'has slots for' if self.layers[0].window is None else 'can count'}"
+                    f"{'can count' if self.end == MAX_POSITION else 'has slots for'}"
                 )
 
     def _check_begun(self, layer: int, q: Tensor) -> None:
@@ -399,13 +444,14 @@ class KVCache:
     def _would_overwrite(self, new: list[int]) -> bool:
         """Whether these tokens take slots of earlier ones that the next token would see without them.
 
-        Not up to ``MAX_QUERIES`` of them: that is what the slots beside the window are for.
+        Not up to ``at_once`` of them: that is what the slots beside the window are for. Sums cannot be
+        had back either.
         """
-        first = self.layers[0]
-        if first.window is None:
-            return False
-        spare = first.capacity - first.window + 1
+        if not self._slots:
+            return True
         return any(
-            more > spare and had > first.sink_tokens and had + more > first.capacity
+            more > slots.at_once and had > slots.sink_tokens and had + more > slots.capacity
+            for slots in self._slots
+            if slots.window is not None
             for had, more in zip(self._lengths, new, strict=True)
         )

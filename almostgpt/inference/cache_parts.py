@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from almostgpt.inference.cache_layers import Slots
 from almostgpt.kernels.kv_cache import MAX_QUERIES
-from almostgpt.kernels.kv_layer import KVLayer
 
 
 @dataclass(frozen=True)
@@ -20,51 +20,64 @@ class Part:
         tokens: which ones of the pass.
         lengths: (B,) int32, tokens before them; None: those of the cache.
         new_lengths: as of ``kernels.kv_append``.
-        in_order: where flash_attention takes them, of how many tokens the keys lie in order then.
+        keys: where flash_attention takes them, the positions of the keys that it reads, in order.
     """
 
     tokens: slice
     lengths: Tensor | None
     new_lengths: Tensor | None
-    in_order: int | None
+    keys: range | None
 
 
-def planned(layer: KVLayer, lengths: list[int], new: list[int]) -> list[Part]:
+def planned(slots: Slots, lengths: list[int], new: list[int], like: Tensor) -> list[Part]:
     """How the tokens go through the ops; what that takes on the device is made here, once.
 
     Args:
-        layer: any one of the cache.
+        slots: of the layers that this is for.
         lengths: of each row, tokens before.
         new: of each row, tokens to come.
+        like: a tensor where the layers are.
     """
     length = max(lengths) if lengths else 0
     tokens = max(new) if new else 0
     # Compared one by one: hashed, they would be constants to torch.compile, and every token a graph.
     together = all(had == length for had in lengths)
-    ordered = layer.reach - length if together and tokens > MAX_QUERIES else 0
+    reach = slots.capacity if slots.window is None else slots.window
+    # In order lie the keys from the first one on until the window moves on; and without sinks as
+    # many as are left when the next ones are appended.
+    by_flash = together and tokens > MAX_QUERIES
+    ordered = reach - length if by_flash else 0
+    by_window = by_flash and slots.sink_tokens == 0 and slots.at_once > MAX_QUERIES
+    room = slots.capacity - slots.sink_tokens
     plan, numbers, start = [], [], 0
     while start < tokens:
         before = [had + start for had in lengths]  # means nothing where no more is there
-        most = MAX_QUERIES
+        first = length + start  # the position of this part's first token, where all are together
+        keys_from = 0
         if start < ordered:
-            most = min(ordered - start, layer.capacity - layer.sink_tokens)
-        stop = min(tokens, start + min(most, layer.capacity - layer.sink_tokens))
-        if layer.window is None:  # a row that gets nothing more is nowhere beyond its slots
-            before = [min(had, layer.capacity) for had in before]
+            most, keys = min(ordered - start, room), True
+        elif by_window:
+            most, keys, keys_from = slots.at_once, True, first - slots.window + 1
+        else:
+            most, keys = MAX_QUERIES, False
+        stop = min(tokens, start + min(most, room))
+        if slots.window is None:  # a row that gets nothing more is nowhere beyond its slots
+            before = [min(had, slots.capacity) for had in before]
         now = [min(max(more - start, 0), stop - start) for more in new]
         moved, padded = before != lengths, min(now) < stop - start
-        plan.append((start, stop, start < ordered, moved, padded))
+        seen = range(keys_from, length + stop) if keys else None
+        plan.append((start, stop, seen, moved, padded))
         numbers += [before] * moved + [now] * padded
         start = stop
-    tensors = iter(on_device(numbers, layer.lengths))
+    tensors = iter(on_device(numbers, like))
     return [
         Part(
             slice(start, stop),
             next(tensors) if moved else None,
             next(tensors) if padded else None,
-            length + stop if in_order else None,
+            seen,
         )
-        for start, stop, in_order, moved, padded in plan
+        for start, stop, seen, moved, padded in plan
     ]
 
 

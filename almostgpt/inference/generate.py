@@ -193,5 +193,5 @@ def check_given(
         raise UserError(
             f"{tokens} tokens, prompt and new ones together, do not fit: the cache ends at {cache.end}"
         )
-    if not model.position.endless and tokens > model.config.block_size:
-        raise UserError(past_the_positions(tokens, model.config))
+    if not model.endless and tokens > model.config.block_size:
+        raise UserError(past_the_positions(tokens, model.config, model.position.endless))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from almostgpt.config import GPTConfig
 from almostgpt.model.attention import ATTENTIONS, Cache
+from almostgpt.model.experts import Routing
 from almostgpt.model.feedforward import FEEDFORWARDS
 from almostgpt.model.norm import NORMS
 from almostgpt.model.position import Position, Positions
@@ -33,9 +34,13 @@ class Block(nn.Module):
         positions: Positions,
         cu_seqlens: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Takes and returns what is to be added to the residual stream, and the stream: (B, T, n_embd)."""
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """Takes and returns what is to be added to the residual stream, and the stream: (B, T, n_embd).
+
+        And what the router of a mixture of experts did in training, where there is one.
+        """
         x, residual = self.attention_norm(x, residual)
         x = self.dropout(self.attention(x, position, positions, cu_seqlens, cache))
         x, residual = self.feedforward_norm(x, residual)
-        return self.dropout(self.feedforward(x)), residual
+        x, routing = self.feedforward(x)
+        return self.dropout(x), residual, routing

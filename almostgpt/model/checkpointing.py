@@ -17,6 +17,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from almostgpt.model.experts import Routing
+
 # Batched products (bmm) are not among them: in a block they occur only in attention written out, whose
 # scores are what nobody wants to keep.
 KEPT = {
@@ -29,9 +31,11 @@ KEPT = {
     "aten::_scaled_dot_product_cudnn_attention",
     "almostgpt::flash_attention_forward",
     "almostgpt_emulator::flash_attention_forward",
+    "almostgpt::expert_linear",
 }
 
-Streams = tuple[Tensor, Tensor]  # what is to be added to the residual stream, and the stream
+# What is to be added to the residual stream, the stream, and what a router did, if there is one.
+Streams = tuple[Tensor, Tensor, Routing | None]
 
 
 def _policy(_context, op, *_args, **_kwargs) -> CheckpointPolicy:

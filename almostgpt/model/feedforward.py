@@ -1,4 +1,7 @@
-"""The position-wise feed-forward part of a block: (B, T, n_embd) → (B, T, n_embd)."""
+"""The position-wise feed-forward part of a block: (B, T, n_embd) → (B, T, n_embd).
+
+Each returns that and, of a mixture of experts in training, what its router did; else None.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from almostgpt import kernels
 from almostgpt.config import GPTConfig
+from almostgpt.model.experts import MixtureOfExperts
 from almostgpt.model.quantized import QUANTIZED
 
 
@@ -23,8 +27,8 @@ class _Plain(nn.Module):
         self.up = linear(config.n_embd, config.mlp_hidden, bias=config.bias)
         self.down = linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down(self.activation(self.up(x))), None
 
 
 class GELU(_Plain):
@@ -54,8 +58,14 @@ class SwiGLU(nn.Module):
         self.gate_up = linear(config.n_embd, 2 * config.mlp_hidden, bias=config.bias)
         self.down = linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down(kernels.swiglu(self.gate_up(x))), None
 
 
-FEEDFORWARDS = {"gelu": GELU, "gelu_tanh": GELUTanh, "relu2": ReLUSquared, "swiglu": SwiGLU}
+FEEDFORWARDS = {
+    "gelu": GELU,
+    "gelu_tanh": GELUTanh,
+    "relu2": ReLUSquared,
+    "swiglu": SwiGLU,
+    "moe": MixtureOfExperts,
+}

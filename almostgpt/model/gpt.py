@@ -61,6 +61,10 @@ class GPT(nn.Module):
         self.norm = NORMS[config.norm](config)
         if not config.tie_weights:
             self.head = linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.feedforward == "moe":
+            # Of the last pass in training, the share of each expert in each layer: for a log.
+            load = torch.zeros(config.n_layer, config.n_experts)
+            self.register_buffer("expert_load", load, persistent=False)
         self._initialise()
         if config.quantize != "none":
             self.requires_grad_(False)
@@ -112,6 +116,11 @@ class GPT(nn.Module):
         return self.norm.weight.dtype
 
     @property
+    def endless(self) -> bool:
+        """Whether it can go on beyond ``block_size`` over a cache."""
+        return self.position.endless and ATTENTIONS[self.config.attention].endless
+
+    @property
     def device(self) -> torch.device:
         return self.norm.weight.device
 
@@ -150,7 +159,7 @@ class GPT(nn.Module):
         Returns:
             ``(logits, None)`` with logits (B, 1, vocab_size) of each row's last token, or of every token
             (B, T, vocab_size) with ``all_logits``; with targets ``(None, loss)``, the mean cross-entropy
-            in nats.
+            in nats, to which a mixture of experts in training mode adds its routers' penalties.
 
         Raises:
             UserError: more tokens than ``block_size`` (with a cache: than it has room for, or than the
@@ -180,10 +189,13 @@ class GPT(nn.Module):
                 positions = positions_in_documents(cu_seqlens, B, T)
         x = self.position.embed(self.token_embedding(ids).to(self.dtype), positions)
         x = self.dropout(x)
-        residual = None
+        residual, routings = None, []
         run = CHECKPOINTING[self.config.gradient_checkpointing if self.training else "none"]
         for block in self.blocks:
-            x, residual = run(block, x, residual, self.position, positions, cu_seqlens, cache)
+            x, residual, routing = run(
+                block, x, residual, self.position, positions, cu_seqlens, cache
+            )
+            routings += [] if routing is None else [routing]
         if targets is not None:
             # The padding rows make the products aligned; they are no tokens and take no part.
             loss = kernels.linear_cross_entropy(
@@ -191,7 +203,12 @@ class GPT(nn.Module):
                 self.output_weight,
                 targets,
                 vocab_size=self.config.vocab_size,
+                softcap=self.config.logit_softcap,
             )
+            if routings:
+                penalties, loads = zip(*routings, strict=True)
+                loss = loss + torch.stack(penalties).sum()
+                self.expert_load.copy_(torch.stack(loads))
             result = None, loss
         else:
             if not all_logits:  # the norm acts on each position alone
@@ -214,19 +231,23 @@ class GPT(nn.Module):
         cached = cache.lengths
         if len(cached) != B:
             raise UserError(f"the cache is of {len(cached)} sequences, but ids of {B}")
-        if self.position.endless:
+        if self.endless:
             return
+        ends = f"{self.config.position} positions end"
+        if self.position.endless:
+            ends = f"{self.config.attention} attention ends"
         for before, new in zip(cached, new_lengths or [T] * B, strict=True):
             if before + new > self.config.block_size:
                 raise UserError(
                     f"{new} tokens after {before} cached ones are more than the model's block_size of "
-                    f"{self.config.block_size}, where {self.config.position} positions end: shorten the "
-                    "sequence"
+                    f"{self.config.block_size}, where {ends}: shorten the sequence"
                 )
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.token_embedding.logits if self.config.tie_weights else self.head
-        return logits(x)[..., : self.config.vocab_size]
+        project = self.token_embedding.logits if self.config.tie_weights else self.head
+        logits = project(x)[..., : self.config.vocab_size]
+        cap = self.config.logit_softcap  # Gemma 2, arXiv:2408.00118
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     def generate(self, prompts, max_new_tokens: int, **options):
         """Continues prompts: (B, T) by ``max_new_tokens`` → (B, T + max_new_tokens).

@@ -16,7 +16,7 @@ from almostgpt import kernels
 from almostgpt.config import not_one_of
 from almostgpt.errors import UserError
 from almostgpt.kernels.int8_linear import dequantize_rows, quantize_rows
-from almostgpt.model.linear import Embedding, Linear
+from almostgpt.model.linear import Embedding, ExpertLinear, Linear, expert_product
 
 if TYPE_CHECKING:
     from almostgpt.model import GPT
@@ -58,6 +58,22 @@ class Int8Linear(_Int8Matrix):
         return kernels.int8_linear(x, self.weight, self.scales, self.bias)
 
 
+class Int8ExpertLinear(_Int8Matrix):
+    """The matrices of experts, (E · out_features, in_features): see ``ExpertLinear``.
+
+    They are made floating-point at every call: what is saved is their storage.
+    """
+
+    def __init__(self, n_experts: int, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(n_experts * out_features, in_features)
+        self.n_experts = n_experts
+        self.bias = nn.Parameter(torch.zeros(n_experts * out_features)) if bias else None
+
+    def forward(self, x: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
+        weight = self.dense(x.dtype).view(self.n_experts, -1, x.shape[-1])
+        return expert_product(x, weight, self.bias, offsets, expert)
+
+
 class Int8Embedding(_Int8Matrix):
     """ids (...) → (..., columns) float32, like ``nn.Embedding``; and the logits of a tied model."""
 
@@ -73,9 +89,13 @@ class Matrices(NamedTuple):
 
     linear: type[nn.Module]
     embedding: type[nn.Module]
+    experts: type[nn.Module]
 
 
-QUANTIZED = {"none": Matrices(Linear, Embedding), "int8": Matrices(Int8Linear, Int8Embedding)}
+QUANTIZED = {
+    "none": Matrices(Linear, Embedding, ExpertLinear),
+    "int8": Matrices(Int8Linear, Int8Embedding, Int8ExpertLinear),
+}
 
 
 @torch.no_grad()
@@ -112,13 +132,18 @@ def _dense(module: nn.Module) -> bool:
     return isinstance(module, QUANTIZED["none"])
 
 
-def _quantized(trained: Linear | Embedding) -> _Int8Matrix:
-    rows, columns = trained.weight.shape
-    if isinstance(trained, Embedding):
+def _quantized(trained: Linear | Embedding | ExpertLinear) -> _Int8Matrix:
+    matrix = trained.weight.flatten(0, -2)
+    rows, columns = matrix.shape
+    if isinstance(trained, ExpertLinear):
+        n = trained.weight.shape[0]
+        made = Int8ExpertLinear(n, columns, rows // n, trained.bias is not None)
+        made.bias = trained.bias
+    elif isinstance(trained, Embedding):
         made = Int8Embedding(rows, columns)
     else:
         made = Int8Linear(columns, rows, trained.bias is not None)
         made.bias = trained.bias
     made.to(trained.weight.device)
-    made.fill(trained.weight)
+    made.fill(matrix)
     return made

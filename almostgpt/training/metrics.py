@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import torch
 
-from almostgpt.config import GPTConfig
 from almostgpt.files import write_text
 from almostgpt.model import GPT
 
@@ -55,16 +54,18 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def flops_per_token(model: GPT, tokens: int) -> float:
     """FLOPs of forward and backward for one token of a sequence of ``tokens``.
 
-    Each weight that a token is multiplied with costs 2 FLOPs forward and 4 backward. Attention adds
-    QKᵀ and PV over the keys a query sees, (tokens + 1) / 2 on average: the masked half is left out
-    (Chowdhery et al. 2022, appendix B, with the causal half). Embedding look-ups cost nothing; the output
-    projection is counted without the vocabulary's padding.
+    Each weight that a token is multiplied with costs 2 FLOPs forward and 4 backward; of a mixture of
+    experts those of the token's own count. Attention adds what its kind says: of a softmax QKᵀ and PV over
+    the keys a query sees, the masked ones left out (Chowdhery et al. 2022, appendix B, with the causal
+    half). Embedding look-ups cost nothing; the output projection is counted without the vocabulary's padding.
     """
-    config: GPTConfig = model.config
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() >= 2)
-    matrices += config.vocab_size * config.n_embd
-    attention = config.n_layer * 2 * 2 * config.n_head * config.head_dim * (tokens + 1) / 2
-    return 3 * (2 * matrices + attention)
+    config = model.config
+    forward = 2 * config.vocab_size * config.n_embd
+    for block in model.blocks:
+        matrices = sum(p.numel() for p in block.parameters() if p.dim() >= 2)
+        unused = getattr(block.feedforward, "unused_weights", 0)
+        forward += 2 * (matrices - unused) + block.attention.flops(tokens)
+    return 3 * forward
 
 
 class Stopwatch:

@@ -84,8 +84,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            rows = group["rows"] or [p.shape[0]]
-            whole = (p, p.grad, self.state[p]["momentum_buffer"])
+            rows = group["rows"] or [p.numel() // p.shape[-1]]
+            # Of more than two dimensions, as of experts: matrices one above the other.
+            whole = (x.flatten(0, -2) for x in (p, p.grad, self.state[p]["momentum_buffer"]))
             for matrix in zip(*(part.split(rows) for part in whole), strict=True):
                 shapes[matrix[0].shape].append(matrix)
         return shapes.values()

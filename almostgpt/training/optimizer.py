@@ -48,11 +48,17 @@ def _muon_groups(model: GPT) -> list[dict[str, Any]]:
     """The matrices of the blocks, by what each of them holds: see ``rows`` of :class:`Muon`."""
     c = model.config
     queries, keys = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    several = {"qkv.weight": (queries, keys, keys), "gate_up.weight": (c.mlp_hidden, c.mlp_hidden)}
+    experts = c.n_experts or 1
+    several = {
+        "qkv.weight": (queries, keys, keys),
+        "gate_up.weight": (c.mlp_hidden, c.mlp_hidden) * experts,
+    }
+    if c.feedforward == "moe":  # an expert's matrix beside the next
+        several |= {"up.weight": (c.mlp_hidden,) * experts, "down.weight": (c.n_embd,) * experts}
     groups: dict[tuple[int, ...] | None, list[nn.Parameter]] = {}
     for name, parameter in model.blocks.named_parameters():
-        if parameter.dim() == 2 and parameter.requires_grad:
-            rows = next((rows for end, rows in several.items() if name.endswith(end)), None)
+        if parameter.dim() >= 2 and parameter.requires_grad and "router" not in name:
+            rows = several.get(".".join(name.split(".")[-2:]))
             groups.setdefault(rows, []).append(parameter)
     return [{"params": parameters, "rows": rows} for rows, parameters in groups.items()]
 

@@ -291,7 +291,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed + step)
         prompt = torch.randint(tokenizer.vocab_size, (1, 1), generator=generator).to(self.device)
         tokens = self.config.training.sample_tokens
-        fits = self.model.position.endless or 1 + tokens <= self.config.model.block_size
+        fits = self.model.endless or 1 + tokens <= self.config.model.block_size
         try:
             ids = self.model.generate(
                 prompt,

@@ -91,7 +91,7 @@ def our_attention(q, k, v, **options):
     """The op of the CUDA kernel, with the CPU side that it has for tests."""
     defaults = {"window": None, "scale": None, "softcap": 0.0, "alibi_slopes": None}
     defaults |= {"sink_logits": None, "deterministic": False, "return_lse": False}
-    return _run_csrc(torch.ops.almostgpt, q, k, v, **defaults, **options)
+    return _run_csrc(torch.ops.almostgpt, q, k, v, **{**defaults, **options})
 
 
 def test_our_attention_kernel_runs_once(monkeypatch):
