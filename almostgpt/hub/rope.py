@@ -52,9 +52,14 @@ def rope_settings(given: Given, block_size: int) -> dict[str, Any]:
 
 
 def rope_config(model: GPTConfig) -> dict[str, Any]:
-    """The same back, by both spellings, so that transformers of any version reads one of them."""
+    """The same back, by both spellings, so that transformers of any version reads one of them.
+
+    NTK scaling is a larger base (``almostgpt/model/position.py``), and is written as that.
+    """
     base, scaling = model.rope_base, None
-    if model.rope_scaling == "linear":
+    if model.rope_scaling == "ntk" and model.head_dim > 2:
+        base *= model.rope_factor ** (model.head_dim / (model.head_dim - 2))
+    elif model.rope_scaling == "linear":
         scaling = {"rope_type": "linear", "factor": model.rope_factor}
     elif model.rope_scaling == "llama3":
         scaling = {
