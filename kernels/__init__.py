@@ -25,6 +25,7 @@ from almostgpt.kernels.activations import GELU, RELU_SQUARED, SWIGLU, gelu, relu
 from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
+from almostgpt.kernels.expert_linear import EXPERT_LINEAR, expert_linear
 from almostgpt.kernels.flash_attention import FLASH_ATTENTION, flash_attention
 from almostgpt.kernels.int8_linear import (
     INT8_LINEAR,
@@ -58,6 +59,7 @@ OPS: dict[str, dispatch.Op] = {
         LINEAR,
         INT8_LINEAR,
         LINEAR_ATTENTION,
+        EXPERT_LINEAR,
     )
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "decode_attention",
     "dequantize_rows",
     "emulator",
+    "expert_linear",
     "explain",
     "flash_attention",
     "gelu",

@@ -408,6 +408,20 @@ _LINEAR_ATTENTION = Case(
     shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
 )
 
+_EXPERT_LINEAR = Case(
+    "expert_linear",
+    dimensions="EXPERTSxROWSxINPUTSxOUTPUTS",
+    inputs=check_parts.expert_linear_inputs,
+    plain=check_parts.plain_expert_linear,
+    outputs=("y",),
+    work=lambda shape: {
+        direction: Work(*work) for direction, work in check_parts.expert_linear_work(shape).items()
+    },
+    shapes={"cuda": (8, 16384, 1024, 4096), "cpu": (4, 96, 64, 96), "emulator": (3, 9, 16, 8)},
+    constants=check_parts.expert_linear_offsets,
+    output=lambda shape: (shape[1], shape[3]),
+)
+
 
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
@@ -435,4 +449,5 @@ CASES: dict[str, Case] = {
     "linear": _LINEAR,
     "int8_linear": _INT8_LINEAR,
     "linear_attention": _LINEAR_ATTENTION,
+    "expert_linear": _EXPERT_LINEAR,
 }

@@ -98,6 +98,10 @@ def _linear_attention(empty: Empty, T=512, state=False, documents=False) -> Call
     return (q, k, k), options
 
 
+def _expert_linear(empty: Empty, width=256) -> Call:
+    return (empty(128, width), empty(4, 512, width), empty(4, dtype=torch.int32)), {}
+
+
 _SINKS = {"window": 512, "sink_tokens": 4}
 
 # Of each op the calls that may differ in their kernel: from a source of tensors, the arguments.
@@ -216,6 +220,10 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "a sequence": lambda empty: _linear_attention(empty),
         "packed documents": lambda empty: _linear_attention(empty, documents=True),
         "one token on a state": lambda empty: _linear_attention(empty, T=1, state=True),
+    },
+    "expert_linear": {
+        "rows of 256": lambda empty: _expert_linear(empty),
+        "rows of odd length": lambda empty: _expert_linear(empty, width=255),
     },
 }
 

@@ -146,6 +146,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("linear", (x[0, :1], x[0]), {}),
         ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
         ("linear_attention", (q, q, q), {}),
+        ("expert_linear", (x[0], x.new_zeros(4, 768, 768), ids[:4].int() + 64), {}),
     ]
 
 

@@ -53,7 +53,7 @@ class GPT(nn.Module):
         if problems:
             raise UserError("the model cannot be built:\n" + "\n".join(f"  {p}" for p in problems))
         self.config = config = resolve_model(config)
-        linear, embedding = QUANTIZED[config.quantize]
+        linear, embedding, _ = QUANTIZED[config.quantize]
         self.token_embedding = embedding(config.padded_vocab_size, config.n_embd)
         self.position = POSITIONS[config.position](config)
         self.dropout = nn.Dropout(config.dropout)

@@ -35,7 +35,7 @@ class Embedding(nn.Embedding):
 
 
 class ExpertLinear(nn.Module):
-    """A linear layer for each of E experts: weight (E, out_features, in_features), bias (E · out_features,)."""
+    """A linear layer an expert: weight (E, out_features, in_features), bias (E · out_features,)."""
 
     def __init__(self, n_experts: int, in_features: int, out_features: int, bias: bool = True):
         super().__init__()

@@ -48,6 +48,10 @@ class Position(nn.Module):
         """Puts positions into queries and keys, one head after the other: (B, T, heads, D)."""
         return qk
 
+    def rotate_anywhere(self, qk: Tensor, positions: Tensor) -> Tensor:
+        """``rotate`` for positions (B, T) int64 that may be beyond block_size, where no table is."""
+        return qk
+
 
 class LearnedPosition(Position):
     """One trained vector a position, added to the embedding (GPT-2)."""
@@ -122,7 +126,6 @@ class RotaryPosition(_Constant, Position):
         return kernels.rope(qk, self.cos, self.sin, at)
 
     def rotate_anywhere(self, qk: Tensor, positions: Tensor) -> Tensor:
-        """``rotate`` for positions (B, T) int64 that may be beyond block_size, where no table is."""
         angles = angles_at(positions.reshape(-1), self.turns)
         row = torch.arange(positions.numel(), device=positions.device).view(positions.shape)
         return kernels.rope(qk, angles.cos().float(), angles.sin().float(), row)

@@ -179,6 +179,9 @@ class Trainer:
             "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
             "seconds": self.seconds,
         }
+        if self.config.model.feedforward == "moe":  # of the newest micro-batch
+            load = self.model.expert_load.tolist()
+            self.last["expert_load"] = [[round(share, 4) for share in layer] for layer in load]
 
     def _line(self, evaluating: bool) -> dict[str, Any]:
         """What goes into metrics.jsonl: no MFU where the peak is unknown, a val_loss only when new."""

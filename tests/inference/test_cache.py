@@ -125,7 +125,7 @@ def truth(model: GPT, ids: torch.Tensor, variant: str = "full", **options) -> to
         weights = (scores * c.head_dim**-0.5).masked_fill(~sees, -torch.inf).softmax(-1)
         x = block.attention.out((weights @ stored(v)).transpose(1, 2).flatten(2))
         x, residual = block.feedforward_norm(x, residual)
-        x = block.feedforward(x)
+        x, _ = block.feedforward(x)
     return model.norm(x, residual)[0] @ model.output_weight.T[:, : c.vocab_size]
 
 

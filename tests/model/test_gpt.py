@@ -1,101 +1,14 @@
 """The model against independent truths: transformers' GPT-2 and Llama, closed forms, perturbation."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from model_parts import make, random_ids, small_config
 
 from almostgpt import GPT, GPTConfig
 from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
-from almostgpt.model.gpt import PARTS
-
-COMBINATIONS = list(itertools.product(*PARTS.values()))
-
-
-def small_config(**options) -> GPTConfig:
-    defaults = dict(block_size=16, vocab_size=31, vocab_multiple=8, n_layer=2, n_head=4, n_embd=32)
-    return GPTConfig(**{**defaults, **options})
-
-
-def make(seed: int = 0, **options) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(small_config(**options))
-    for parameter in model.parameters():  # away from the initialisation, where much is nearly zero
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(31, shape, generator=torch.Generator().manual_seed(seed))
-
-
-any_model = st.fixed_dictionaries(
-    {
-        "norm": st.sampled_from(sorted(PARTS["norm"])),
-        "feedforward": st.sampled_from(sorted(PARTS["feedforward"])),
-        "position": st.sampled_from(sorted(PARTS["position"])),
-        "attention": st.sampled_from(sorted(PARTS["attention"])),
-        "n_kv_head": st.sampled_from([None, 1, 2, 4]),
-        "head_dim": st.sampled_from([None, 6, 16]),
-        "bias": st.booleans(),
-        "qkv_bias": st.sampled_from([None, True, False]),
-        "tie_weights": st.booleans(),
-        "seed": st.integers(0, 1000),
-    }
-)
-
-
-@settings(max_examples=25, deadline=None)
-@given(any_model, st.integers(1, 16), st.data())
-def test_causal_by_perturbation(options, T, data):
-    """Changing the token at position t changes no logits before t, and does change those at t."""
-    model = make(**options)
-    t = data.draw(st.integers(0, T - 1))
-    ids = random_ids(2, T, seed=options["seed"])
-    changed = ids.clone()
-    changed[:, t] = (changed[:, t] + 1) % 31
-    with torch.no_grad():
-        before, after = (model(i, all_logits=True)[0] for i in (ids, changed))
-    torch.testing.assert_close(before[:, :t], after[:, :t], rtol=0, atol=1e-5)
-    assert (before[:, t] - after[:, t]).abs().max() > 1e-3
-
-
-@settings(max_examples=25, deadline=None)
-@given(any_model, st.lists(st.integers(1, 16), min_size=1, max_size=5))
-def test_cached_logits_equal_uncached_however_the_prompt_is_cut(options, pieces):
-    model = make(**options)
-    pieces = [
-        p for p, total in zip(pieces, itertools.accumulate(pieces), strict=True) if total <= 16
-    ]
-    ids = random_ids(2, sum(pieces), seed=options["seed"])
-    cache = KVCache.full(model.config, batch=2)
-    with torch.no_grad():
-        whole, _ = model(ids, all_logits=True)
-        cut = [model(piece, all_logits=True, cache=cache)[0] for piece in ids.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(cut, dim=1), whole, rtol=1e-4, atol=1e-4)
-    assert cache.length == ids.shape[1]
-
-
-@settings(max_examples=25, deadline=None)
-@given(any_model)
-def test_parameter_count_equals_the_closed_form(options):
-    model = make(**options)
-    c = model.config
-    width, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    matrices_in_mlp = 3 if c.feedforward == "swiglu" else 2
-    bias = int(c.bias)
-    mlp_biases = (matrices_in_mlp - 1) * c.mlp_hidden + c.n_embd
-    attention = c.n_embd * (width + 2 * kv) + width * c.n_embd
-    attention += int(c.qkv_bias) * (width + 2 * kv) + bias * c.n_embd
-    norm = c.n_embd * (1 + (bias if c.norm == "layernorm" else 0))
-    block = attention + matrices_in_mlp * c.n_embd * c.mlp_hidden + bias * mlp_biases + 2 * norm
-    total = c.n_layer * block + norm + 32 * c.n_embd * (1 if c.tie_weights else 2)
-    total += c.block_size * c.n_embd if c.position == "learned" else 0
-    assert model.num_parameters() == total
 
 
 @pytest.mark.parametrize(
@@ -275,17 +188,6 @@ def test_the_loss_and_its_gradients_are_those_of_the_logits(tied):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient():
-    for norm, feedforward, position, attention in COMBINATIONS:
-        model = make(
-            norm=norm, feedforward=feedforward, position=position, attention=attention, bias=True
-        )
-        ids = random_ids(2, 16)
-        model(ids, ids)[1].backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-
 def test_gradient_checkpointing_changes_nothing():
     ids = random_ids(2, 16)
     gradients = []
@@ -312,6 +214,8 @@ def test_dropout_acts_in_training_only():
     [
         ({"norm": "layernrm"}, "did you mean layernorm"),
         ({"position": "alibi", "attention": "sparse"}, "attention is 'sparse'"),
+        ({"attention": "linear", "position": "alibi"}, "no product of features"),
+        ({"attention_window": 8}, "is for model.attention=sliding_window"),
         ({"n_embd": 30}, "not a multiple"),
         ({"n_kv_head": 3}, "n_kv_head"),
         ({"vocab_size": None}, "vocab_size is not set"),
