@@ -14,7 +14,8 @@ CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 LLAMA2 = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}\
 {{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}\
-{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"""
+{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('no such role') }}{% endif %}\
+{% endfor %}"""
 
 
 @pytest.fixture(scope="session")
