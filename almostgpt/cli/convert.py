@@ -31,15 +31,11 @@ examples:
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    source: Annotated[
-        str, tyro.conf.arg(name="from")
-    ]  # a Hugging Face folder or hub id; with --to-hf a run
+    source: Annotated[str, tyro.conf.arg(name="from")]  # a Hugging Face folder or hub id, or a run
     to: Path | None = None  # the folder to make, in our format; it must not exist
     to_hf: Path | None = None  # the folder to make, in Hugging Face's format; it must not exist
     precision: str = "fp32"  # of what is written: fp32 | bf16 | fp16
-    block_size: int | None = (
-        None  # of what --to writes: shorter than the model's own; null: its own
-    )
+    block_size: int | None = None  # with --to: shorter than the model's own; null: its own
     revision: str | None = None  # of a hub id: branch, tag or commit; null: the newest
 
 
