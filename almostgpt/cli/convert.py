@@ -18,7 +18,7 @@ from almostgpt.files import expand
 from almostgpt.hub import load_pretrained, save_pretrained
 
 DESCRIPTION = """Reads a model of Hugging Face (GPT-2, Llama, SmolLM2, Mistral, Qwen2, Qwen3), a folder or
-an id of the hub, and writes a folder that every command here takes; or writes a model of ours for transformers.
+an id of the hub, and writes a folder that every command here takes; or writes one of ours for transformers.
 The last line on stdout is a JSON object with what was written.
 
 examples:
