@@ -162,15 +162,22 @@ def block_sparse_attention(
 # --- checks --------------------------------------------------------------------------------------
 
 
+def _shapes(
+    *tensors: Tensor,
+) -> str:  # made where one is wrong: a compiler cannot, of sizes it does not know
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+
+
 def _check(q, k, v, pattern, *, start=0, scale=None, alibi_slopes=None, documents=None) -> None:
     name = "block_sparse_attention"
-    shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
     if not q.dim() == k.dim() == v.dim() == 4 or q.shape[-1] == 0:
-        raise UserError(f"{name}: q, k and v must be (B, H, T, D) with D ≥ 1, not {shapes}")
+        raise UserError(
+            f"{name}: q, k and v must be (B, H, T, D) with D ≥ 1, not {_shapes(q, k, v)}"
+        )
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise UserError(
             f"{name}: k and v must have one shape, and q their batch size and head width; they are "
-            f"{shapes}"
+            f"{_shapes(q, k, v)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise UserError(
