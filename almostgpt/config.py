@@ -28,7 +28,7 @@ class DataConfig:
 
     path: str | None = None  # a .txt file, a folder of text, or a prepared folder; wins over corpus
     corpus: str = "stdlib"  # stdlib | shakespeare
-    tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved tokenizer
+    tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
     sampling: str = "random"  # random | sequential windows

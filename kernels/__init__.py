@@ -22,6 +22,12 @@ if __name__ == "kernels":
 from almostgpt.errors import UserError
 from almostgpt.kernels import cpu, dispatch, emulator, native  # noqa: F401
 from almostgpt.kernels.activations import GELU, RELU_SQUARED, SWIGLU, gelu, relu_squared, swiglu
+from almostgpt.kernels.block_sparse_attention import (
+    BLOCK_SPARSE_ATTENTION,
+    BlockPattern,
+    block_sparse_attention,
+    random_blocks,
+)
 from almostgpt.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from almostgpt.kernels.dispatch import BACKENDS, Explanation, use_backend
 from almostgpt.kernels.emulator import EmulatorError
@@ -60,16 +66,19 @@ OPS: dict[str, dispatch.Op] = {
         INT8_LINEAR,
         LINEAR_ATTENTION,
         EXPERT_LINEAR,
+        BLOCK_SPARSE_ATTENTION,
     )
 }
 
 __all__ = [
     "BACKENDS",
     "OPS",
+    "BlockPattern",
     "EmulatorError",
     "Explanation",
     "KVLayer",
     "LinearState",
+    "block_sparse_attention",
     "build_info",
     "cross_entropy",
     "decode_attention",
@@ -85,6 +94,7 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "quantize_rows",
+    "random_blocks",
     "relu_squared",
     "rms_norm",
     "rope",

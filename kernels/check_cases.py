@@ -1,19 +1,15 @@
-"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work.
-
-In one file, though it is long: it is a table, which is read an entry at a time.
-"""
+"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from almostgpt.kernels import check_linear, check_parts
+from almostgpt.kernels.check_case import Case, Shape, Work
 from almostgpt.kernels.check_kv_cache import (
     kv_heads,
     layer_for,
@@ -22,59 +18,6 @@ from almostgpt.kernels.check_kv_cache import (
 )
 from almostgpt.kernels.kv_layer import KVLayer
 from almostgpt.kernels.rope import turns_of
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least that must be done: elements read or written, each once, and operations.
-
-    Elements are those of the first input; ``bytes`` is what is moved beside them.
-    """
-
-    elements: int
-    flops: float = 0.0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to call an op.
-
-    Attributes:
-        op: its name in ``kernels.OPS``.
-        dimensions: what a shape of it means, for messages.
-        inputs: the op's positional arguments, by name, from a shape and a source of tensors; one of
-            them may be a ``KVLayer``.
-        plain: the definition, in the dtype of its inputs; it takes what the op takes.
-        outputs: names of what it returns.
-        work: from a shape, of ``"forward"``, and where there are gradients of ``"backward"``.
-        shapes: what is checked where no shape is given: on ``"cuda"``, another device (``"cpu"``),
-            or in the ``"emulator"``.
-        options: keyword arguments of the op.
-        constants: more of them: the tensors that have no gradient, by name, from a shape.
-        output: the shape of each output.
-        gradients: whether the op has any; otherwise only what it gives is checked.
-        writes: whether it writes into its ``KVLayer``, whose keys and values then are outputs too.
-        slack: how far off the ``"cpu"`` kernel may be beyond the rule, from the inputs: what it
-            rounds on purpose.
-    """
-
-    op: str
-    dimensions: str
-    inputs: Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor | float | KVLayer]]
-    plain: Callable[..., Tensor | tuple[Tensor, ...]]
-    outputs: tuple[str, ...]
-    work: Callable[[Shape], dict[str, Work]]
-    shapes: dict[str, Shape]
-    options: dict[str, object] = field(default_factory=dict)
-    constants: Callable[[Shape], dict[str, Tensor]] = lambda shape: {}
-    output: Callable[[Shape], Shape] = lambda shape: shape
-    gradients: bool = True
-    writes: bool = False
-    slack: Callable[[dict], float] = lambda inputs: 0.0
-
 
 # ---------------------------------------------------------------- the cases
 
@@ -395,34 +338,6 @@ _SAMPLE = Case(
 )
 
 
-_LINEAR_ATTENTION = Case(
-    "linear_attention",
-    dimensions="BxHxTxD",
-    inputs=check_parts.linear_attention_inputs,
-    plain=check_parts.plain_linear_attention,
-    outputs=("y",),
-    work=lambda shape: {
-        direction: Work(*work)
-        for direction, work in check_parts.linear_attention_work(shape).items()
-    },
-    shapes={"cuda": (4, 16, 2048, 128), "cpu": (2, 4, 160, 64), "emulator": (1, 2, 80, 64)},
-)
-
-_EXPERT_LINEAR = Case(
-    "expert_linear",
-    dimensions="EXPERTSxROWSxINPUTSxOUTPUTS",
-    inputs=check_parts.expert_linear_inputs,
-    plain=check_parts.plain_expert_linear,
-    outputs=("y",),
-    work=lambda shape: {
-        direction: Work(*work) for direction, work in check_parts.expert_linear_work(shape).items()
-    },
-    shapes={"cuda": (8, 16384, 1024, 4096), "cpu": (4, 96, 64, 96), "emulator": (3, 9, 16, 8)},
-    constants=check_parts.expert_linear_offsets,
-    output=lambda shape: (shape[1], shape[3]),
-)
-
-
 CASES: dict[str, Case] = {
     "rms_norm": _RMS_NORM,
     "rms_norm with a residual": _ADD_RMS_NORM,
@@ -448,6 +363,5 @@ CASES: dict[str, Case] = {
     "sample, greedy": _SAMPLE,
     "linear": _LINEAR,
     "int8_linear": _INT8_LINEAR,
-    "linear_attention": _LINEAR_ATTENTION,
-    "expert_linear": _EXPERT_LINEAR,
+    **check_parts.CASES,
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from almostgpt import kernels
-from almostgpt.kernels import KVLayer, LinearState
+from almostgpt.kernels import BlockPattern, KVLayer, LinearState
 from almostgpt.kernels.dispatch import CARDS, Card, Explanation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
@@ -100,6 +100,12 @@ def _linear_attention(empty: Empty, T=512, state=False, documents=False) -> Call
 
 def _expert_linear(empty: Empty, width=256) -> Call:
     return (empty(128, width), empty(4, 512, width), empty(4, dtype=torch.int32)), {}
+
+
+def _block_sparse(empty: Empty, T=512, **options) -> Call:
+    k = empty(2, 2, 512, 64)
+    pattern = BlockPattern(64, 2, 1, empty(8, 8, 2, dtype=torch.int32))
+    return (empty(2, 8, T, 64), k, k, pattern), options
 
 
 _SINKS = {"window": 512, "sink_tokens": 4}
@@ -221,6 +227,16 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "packed documents": lambda empty: _linear_attention(empty, documents=True),
         "one token on a state": lambda empty: _linear_attention(empty, T=1, state=True),
     },
+    "block_sparse_attention": {
+        "a sequence": lambda empty: _block_sparse(empty),
+        "ALiBi": lambda empty: _block_sparse(empty, alibi_slopes=empty(8, dtype=torch.float32)),
+        "packed documents": lambda empty: _block_sparse(
+            empty, documents=empty(2, 512, dtype=torch.int32)
+        ),
+        "one query on a cache": lambda empty: _block_sparse(
+            empty, T=1, start=empty(2, dtype=torch.int32)
+        ),
+    },
     "expert_linear": {
         "rows of 256": lambda empty: _expert_linear(empty),
         "rows of odd length": lambda empty: _expert_linear(empty, width=255),
@@ -235,7 +251,8 @@ a change to an op run it again, rather than edit the page.
 A column is a card, by its compute capability ({cards}),
 in an install that has every kernel. CPU is a processor with AVX2, and no gradient asked for; there the CUDA
 kernels run when the `emulator` is forced. Every other device runs the `reference`, which is plain PyTorch.
-`almostgpt info` says what runs on the machine at hand, and `almostgpt info --check` whether it is right.
+`almostgpt info` says what runs on the machine at hand, `almostgpt info --config X` what each part of that
+model uses ([kernels](kernels.md#of-a-whole-model)), and `almostgpt info --check` whether it is right.
 """
 
 

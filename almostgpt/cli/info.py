@@ -138,6 +138,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
     layer = kernels.KVLayer.empty(1, 12, 64, 64, dtype=dtype, device=device)
     token, turns = q[:, :, :1], ids[:32]
     codes = torch.zeros(768, 768, device=device, dtype=torch.int8)
+    blocks = kernels.BlockPattern(16, 2, 1, kernels.random_blocks(0, 12, 4, 2, 1, 1).to(device))
     return [
         ("rms_norm", (x, torch.ones(768, device=device, dtype=dtype)), {}),
         ("rope", (q.transpose(1, 2), *(q.new_zeros(64, 32, dtype=torch.float32),) * 2), {}),
@@ -153,6 +154,7 @@ def _example_calls(device: torch.device) -> list[tuple[str, tuple, dict]]:
         ("linear", (x[0, :1], x[0]), {}),
         ("int8_linear", (x[:, 0], codes, torch.ones(768, device=device)), {}),
         ("linear_attention", (q, q, q), {}),
+        ("block_sparse_attention", (q, q, q, blocks), {}),
         ("expert_linear", (x[0], x.new_zeros(4, 768, 768), ids[:4].int() + 64), {}),
     ]
 

@@ -221,8 +221,9 @@ def _encode(
 
 
 def _tokens(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    begin = np.array(tokenizer.begin, tokenizer.dtype)
     try:
-        return tokenizer.encode_array(document.text)
+        return np.concatenate([begin, tokenizer.encode_array(document.text)])
     except UserError as error:
         raise UserError(f"{document.name}: {error}") from error
 

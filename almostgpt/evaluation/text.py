@@ -37,7 +37,8 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer, *, progress: bool = True
         return open_shard(path)
     text = read_text(path)
     try:
-        return tokenizer.encode_array(text)
+        begin = np.array(tokenizer.begin, tokenizer.dtype)
+        return np.concatenate([begin, tokenizer.encode_array(text)])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
