@@ -95,6 +95,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: str | None = None  # run, checkpoint or exported folder: weights to begin with
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": "a trained model in 8 bits, for generation",
     "convert": "models of Hugging Face, in and out",
     "eval": "perplexity of a trained model on a text",
+    "ablate": "which part is better: the same run with each, over seeds",
     "prepare": "turn text into token shards",
     "info": "versions, devices, and which kernels would run here",
 }

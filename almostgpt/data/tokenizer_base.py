@@ -57,6 +57,10 @@ class Tokenizer(ABC):
         """The tokenizer that :meth:`settings` describes; ``UserError`` if it describes none."""
         return cls()
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both give every text the same ids."""
+        return (self.name, self.settings()) == (other.name, other.settings())
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids by which a model says that its text, or its turn, is over."""

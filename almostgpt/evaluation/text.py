@@ -59,7 +59,7 @@ def _validation_split(folder: Path, tokenizer: Tokenizer, progress: bool) -> np.
 
 def _check_same(path: Path, theirs: Tokenizer, models: Tokenizer) -> None:
     """Ids of another vocabulary would be scored as if they meant something."""
-    if (theirs.name, theirs.settings()) == (models.name, models.settings()):
+    if theirs.same_as(models):
         return
     other = "another char" if theirs.name == models.name else f"the {theirs.name}"
     raise UserError(
