@@ -71,7 +71,7 @@ def checked(config: Config) -> Config:
 def absolute_paths(config: Config) -> Config:
     """So that the run can be continued from another folder."""
     data = config.data
-    if data.path is not None:
+    if data.path is not None and not data.path.startswith("hf://"):
         data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
     if Path(data.tokenizer).is_dir():
         data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).absolute()))
