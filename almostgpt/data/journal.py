@@ -28,7 +28,6 @@ from almostgpt.files import replacing
 FORMAT = 1
 JOURNAL = "journal.json"
 SEEN = "seen.bin"  # keys of the documents so far, 16 bytes each; only where duplicates are dropped
-LOCK = ".lock"
 
 
 @dataclass
@@ -84,10 +83,10 @@ def occupied(out: Path, *, wait: bool, progress: bool) -> Iterator[Path | None]:
     Where another process has it, this one waits, or raises ``UserError``. The lock is the operating
     system's and ends with its process, however that ends.
     """
-    folder = working_folder_of(out)
+    folder, file = working_folder_of(out), out.with_name(f".{out.name}.lock")
     while not (out / FILE_NAME).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOCK, "w") as lock:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -95,9 +94,15 @@ def occupied(out: Path, *, wait: bool, progress: bool) -> Iterator[Path | None]:
                     raise UserError(f"{out}: another process is preparing it") from None
                 say(f"{out}: another process is preparing it; waiting", progress)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_still_there(lock, folder / LOCK):  # else its folder got the final name
-                yield folder
-                return
+            if not _is_still_there(lock, file):  # the one before is done, and took its lock away
+                continue
+            try:
+                if not (out / FILE_NAME).is_file():
+                    folder.mkdir(exist_ok=True)
+                    yield folder
+                    return
+            finally:
+                file.unlink(missing_ok=True)
     yield None
 
 

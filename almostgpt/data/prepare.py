@@ -22,12 +22,13 @@ from almostgpt.data import dataset as prepared
 from almostgpt.data.corpora import Source, open_source
 from almostgpt.data.dataset import Dataset, digest_of, is_prepared, open_dataset
 from almostgpt.data.encoding import SourceChanged, encode_source
-from almostgpt.data.journal import JOURNAL, LOCK, SEEN, Journal, occupied
+from almostgpt.data.journal import JOURNAL, Journal, occupied
 from almostgpt.data.loader import document_start
 from almostgpt.data.progress import say
 from almostgpt.data.shards import MAX_TOKENS
 from almostgpt.data.survey import Survey, dropped_in_words, survey_documents, task_of
 from almostgpt.data.token_runs import TokenRun
+from almostgpt.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from almostgpt.data.tokenizer import (
     TOKENIZERS,
     CharTokenizer,
@@ -308,8 +309,7 @@ class _Preparation:
     def _anew(self, folder: Path, val_limit: float | None) -> Journal:
         """An empty working folder, but for the tokenizer that the other processes load."""
         for file in folder.iterdir():
-            if file.name != LOCK:
-                file.unlink()
+            file.unlink()
         self.tokenizer.save(folder)
         return Journal(self._settings(), val_limit=val_limit)
 
@@ -329,10 +329,12 @@ class _Preparation:
             raise
 
     def _publish(self, folder: Path) -> None:
-        for file in folder.glob("all_*.bin"):
-            file.unlink()
-        for name in (JOURNAL, SEEN, LOCK):
-            (folder / name).unlink(missing_ok=True)
+        """Clears away what is not of the dataset (of killed predecessors, too), and gives the name."""
+        manifest = json.loads((folder / prepared.FILE_NAME).read_bytes())
+        own = {prepared.FILE_NAME, TOKENIZER_FILE, *(entry["file"] for entry in manifest["shards"])}
+        for file in sorted(folder.iterdir()):
+            if file.name not in own:
+                file.unlink()
         os.rename(folder, self.out)
         fsync_folder(self.out.parent)
 

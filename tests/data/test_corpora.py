@@ -66,7 +66,9 @@ def test_shakespeare_is_downloaded_once(small_play, tmp_path):
     content, calls = small_play
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
-        assert read(cache, corpus="shakespeare") == [Document("tinyshakespeare.txt", content.decode())]
+        assert read(cache, corpus="shakespeare") == [
+            Document("tinyshakespeare.txt", content.decode())
+        ]
     assert calls == [shakespeare.URL]
     assert [file.name for file in cache.iterdir()] == ["tinyshakespeare.txt"]
 
