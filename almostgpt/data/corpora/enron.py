@@ -20,7 +20,7 @@ _OLDER = re.compile(
     r"|-{5,} ?Forwarded by [^\n]*"
     r"|_{5,}[^\n]*\n[ \t]*From: "
     r"|From:[^\n]+\n(?:[ \t>]*(?:Sent|Date|To|Cc|Subject):[^\n]*\n){2,}"
-    r"|On [^\n]{5,120}(?:\n[^\n]{0,80})? wrote:[ \t]*$"
+    r"|On (?=[^\n]*\d)[^\n]{5,120}(?:\n[^\n]{0,80})? wrote:[ \t]*$"
     r"|[^\n]{2,80}\n[ \t]*\d\d/\d\d/(?:\d\d|\d{4}) \d\d:\d\d(?::\d\d)? [AP]M[^\n]*\n[ \t]*To:)",
     re.MULTILINE | re.IGNORECASE,
 )

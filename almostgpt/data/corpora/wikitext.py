@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from almostgpt.data.corpora.base import Corpus
 
 _TITLE = re.compile(r"= [^=\s](?:[^\n]*[^=\s])? =")  # sections have two or more on each side
-_JOINED = re.compile(r" @([-,.])@ ")  # "0 @.@ 7" is 0.7
+_JOINED = re.compile(r" @([-,.])@(?: |$)", re.MULTILINE)  # "0 @.@ 7" is 0.7
 
 
 class WikiText(Corpus):
