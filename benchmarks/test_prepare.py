@@ -26,7 +26,7 @@ from almostgpt.errors import UserError
 
 from . import harness
 
-BYTES = 24 << 20  # of text: the start of the processes must not count much
+BYTES = 48 << 20  # of text: the start of the processes must not count much
 BATCH = 1000  # texts that tiktoken gets at a time
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 TIKTOKEN_NAMES = {
