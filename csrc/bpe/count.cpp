@@ -12,7 +12,6 @@
 namespace almostgpt::bpe {
 namespace {
 
-constexpr size_t piece_size = 1 << 20;
 // Distinct chunks that a thread keeps to itself before it adds them to what is common: what occurs once
 // is then not held by each.
 constexpr size_t own_chunks = 1 << 17;
@@ -131,8 +130,9 @@ class ChunkCounter::Threads {
   std::vector<std::thread> threads_;
 };
 
-ChunkCounter::ChunkCounter(Pattern pattern, int threads)
-    : piece_(std::make_unique<Piece>()),
+ChunkCounter::ChunkCounter(Pattern pattern, int threads, size_t piece_size)
+    : piece_size_(piece_size),
+      piece_(std::make_unique<Piece>()),
       full_(piece_size),
       threads_(std::make_unique<Threads>(pattern, threads)) {}
 
@@ -165,7 +165,7 @@ void ChunkCounter::hand_over() {
     return;
   }
   auto rest = std::make_unique<Piece>();
-  full_ = std::max(piece_size, 2 * (text.size() - cut));
+  full_ = std::max(piece_size_, 2 * (text.size() - cut));
   rest->text.reserve(full_ + chunk_padding);
   rest->text.assign(text.begin() + cut, text.end());
   text.resize(cut);

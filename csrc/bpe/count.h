@@ -10,11 +10,12 @@
 
 namespace almostgpt::bpe {
 
-// The text is cut into pieces of about a MiB, at places where a chunk ends in any case, and each piece is
-// split and counted by one of the threads. No more than a few pieces are held at a time.
+// The text is cut into pieces, at places where a chunk ends in any case, and each piece is split and
+// counted by one of the threads. No more than a few pieces are held at a time.
 class ChunkCounter {
  public:
-  ChunkCounter(Pattern pattern, int threads);
+  // piece_size: bytes of a piece; one is larger where it has no place to be cut.
+  ChunkCounter(Pattern pattern, int threads, size_t piece_size = 1 << 20);
   ~ChunkCounter();
 
   // More text of the present document. It may wait for the threads to catch up.
@@ -32,6 +33,7 @@ class ChunkCounter {
   struct Piece;
   void hand_over();
 
+  const size_t piece_size_;
   std::unique_ptr<Piece> piece_;  // what is being filled
   size_t full_;                   // bytes at which it is handed over
   std::unique_ptr<Threads> threads_;

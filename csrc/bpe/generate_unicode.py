@@ -28,9 +28,7 @@ def classes() -> bytearray:
 
 def packed(block: bytes) -> bytes:
     """2 bits a character."""
-    return bytes(
-        sum(block[i + j] << 2 * j for j in range(4)) for i in range(0, len(block), 4)
-    )
+    return bytes(sum(block[i + j] << 2 * j for j in range(4)) for i in range(0, len(block), 4))
 
 
 def rows(values: bytes, width: int) -> str:
