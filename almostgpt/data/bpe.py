@@ -171,7 +171,7 @@ def tiktoken_encoding(ranks: Mapping[bytes, int], pattern: str, special_ids: Map
 
 def as_hugging_face(tokenizer: BPETokenizer):
     """The same as a ``tokenizers.Tokenizer``; ``UserError`` for a pattern that it does not know."""
-    from tokenizers import AddedToken, Regex, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, pre_tokenizers
 
     built = byte_level(byte_pairs(tokenizer.ranks, tokenizer.merges), split=False)
     try:

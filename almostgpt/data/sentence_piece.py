@@ -23,8 +23,8 @@ PROBE = " a  b\t\n\nﬁ①ｱ\u00a0e\u0301\U0001f9ff "
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model that gives every text back: its text unchanged, its bytes as a fall-back.
 
-    As elsewhere in its world, ``▁`` in a text is taken for a space. Where the model puts a space before
-    a text, ``decode`` takes it away again; ``decode_bytes``, which is also for the middle of a text, leaves it.
+    As elsewhere in its world, ``▁`` in a text is taken for a space. Where the model puts a space before a
+    text, ``decode`` takes it away again; ``decode_bytes``, also for the middle of a text, leaves it.
     Its control symbols stand for themselves only as ids; the end of a text is its ``</s>``.
 
     Raises:

@@ -7,7 +7,7 @@ A Hugging Face tokenizer goes out as it came in. Ours are built from what ``toke
     gpt2   the byte-level BPE that tiktoken has, its merges recovered from the order of its tokens
     bpe    the same, split by its own pattern
 
-One of SentencePiece becomes what transformers makes of it, which needs its own converters: write it with those.
+One of SentencePiece is left to transformers, which has converters for each family of them.
 """
 
 from __future__ import annotations

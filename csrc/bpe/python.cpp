@@ -1,14 +1,15 @@
 // almostgpt._bpe: the trainer for Python. Text comes as bytes, files are read here; the GIL is released
 // while threads count and while merges are sought, and Ctrl-C ends both.
 
+#include <fcntl.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
-#include <cstdio>
-#include <memory>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -86,22 +87,19 @@ class Trainer {
   // One document, read a block at a time. Raises OSError with the name of the file.
   size_t add_file(const py::object& path, const Progress& progress) {
     const auto name = py::module_::import("os").attr("fsencode")(path).cast<std::string>();
-    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(name.c_str(), "rb"),
-                                                               std::fclose);
-    if (!file) throw_os_error(path);
-    std::setvbuf(file.get(), nullptr, _IONBF, 0);
+    const File file{open(name.c_str(), O_RDONLY | O_CLOEXEC)};
+    if (file.number < 0) throw_os_error(path);
     std::vector<char> block(1 << 18);
+    Report report(progress);
     size_t size = 0;
-    {
+    while (const ssize_t got = read_some(file, block)) {
+      if (got < 0) throw_os_error(path);
       const py::gil_scoped_release no_gil;
-      Report report(progress);
-      while (const size_t got = std::fread(block.data(), 1, block.size(), file.get())) {
-        counter_->add({block.data(), got});
-        report(size += got);
-      }
-      counter_->end_document();
+      counter_->add({block.data(), static_cast<size_t>(got)});
+      report(size += got);
     }
-    if (std::ferror(file.get())) throw_os_error(path);
+    const py::gil_scoped_release no_gil;
+    counter_->end_document();
     return size;
   }
 
@@ -135,6 +133,26 @@ class Trainer {
   }
 
  private:
+  struct File {
+    int number;
+    ~File() {
+      if (number >= 0) close(number);
+    }
+  };
+
+  // As read() has it, and a signal is seen to: the file may be a pipe that waits for its writer.
+  static ssize_t read_some(const File& file, std::vector<char>& block) {
+    while (true) {
+      ssize_t got;
+      {
+        const py::gil_scoped_release no_gil;
+        got = read(file.number, block.data(), block.size());
+      }
+      if (got >= 0 || errno != EINTR) return got;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+  }
+
   [[noreturn]] static void throw_os_error(const py::object& path) {
     PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path.ptr());
     throw py::error_already_set();

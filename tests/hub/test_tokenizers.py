@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from almostgpt.data.bpe import BPETokenizer
 from almostgpt.data.huggingface import MARK, HuggingFaceTokenizer, character_of_byte
 from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from almostgpt.errors import UserError
@@ -216,6 +217,24 @@ def test_gpt2_opens_with_the_same_ids(tiktoken_cache, test_data, tmp_path):
     text = (test_data / "tinyshakespeare.txt").read_text()[:20_000] + ODD
     assert theirs(text)["input_ids"] == ours.encode(text)
     assert (len(theirs), theirs.eos_token_id) == (50257, 50256)
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_bpe_opens_with_the_same_ids(pattern, tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        b"th",
+        b"the",
+        b" q",
+        b"ic",
+        b" qu",
+        b" quic",
+    ]
+    ours = BPETokenizer(tokens, pattern, ["<|endoftext|>", "<|user|>"])
+    theirs = transformers.AutoTokenizer.from_pretrained(write(ours, tmp_path))
+    assert theirs(ODD)["input_ids"] == ours.encode(ODD)
+    assert theirs.decode(ours.encode(ODD)) == ODD
+    assert (len(theirs), theirs.eos_token_id) == (264, 262)
+    assert theirs("a<|user|>")["input_ids"] == [97, 263]
 
 
 def test_it_goes_out_as_it_came_in(folder, tmp_path):
