@@ -88,6 +88,7 @@ def pybind11_folder(build: Path) -> Path | None:
         import pybind11
     except ImportError:
         print("almostgpt: no tokenizer trainer (no pybind11)", file=sys.stderr, flush=True)
+        (build / "lib" / FILES["_bpe"]).unlink(missing_ok=True)  # one of an earlier install
         return None
     copy = build / f"pybind11-{pybind11.__version__}"
     if not copy.exists():
