@@ -15,6 +15,7 @@
 #include "merge.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -26,13 +27,14 @@ constexpr uint32_t none = 0xFFFFFFFF;
 struct Place {
   uint32_t token;  // that begins or ends here; `none` between two chunks
   uint32_t pair;   // of the token that begins here and the next; `none` for no pair
+  uint32_t chunk;  // the number of the chunk
 };
 
 struct Pair {
   uint64_t times;  // how often it occurs in the text
   uint32_t left, right;
-  uint64_t first;  // its places are listed from here on
   uint32_t places;
+  const uint32_t* listed;  // its places
 };
 
 // A pair in the heap, with as many `times` as when it was put there.
@@ -76,7 +78,6 @@ class Merger {
     chunks.for_each([&](std::string_view chunk, uint64_t) { size += chunk.size() + 1; });
     if (size >= none) throw std::length_error("the distinct chunks together have 4 GiB or more");
     places_.reserve(size);
-    chunk_of_.reserve(size);
     times_of_.reserve(chunks.size());
     add_place(none);
     chunks.for_each([&](std::string_view chunk, uint64_t times) {
@@ -87,8 +88,7 @@ class Merger {
   }
 
   void add_place(uint32_t token) {
-    places_.push_back({token, none});
-    chunk_of_.push_back(static_cast<uint32_t>(times_of_.size()));
+    places_.push_back({token, none, static_cast<uint32_t>(times_of_.size())});
   }
 
   void list_byte_pairs() {
@@ -101,40 +101,45 @@ class Merger {
       if (pair == none) pair = new_pair(left, right);
       found_at(pair, static_cast<uint32_t>(at));
     }
-    list_found(0);
+    list_places(0, [this](auto&& list) {
+      for (size_t at = 1; at < places_.size(); ++at) {
+        if (places_[at].pair != none) list(places_[at].pair, static_cast<uint32_t>(at));
+      }
+    });
   }
 
   // One more occurrence of a new pair, which begins at a place.
   void found_at(uint32_t pair, uint32_t at) {
-    pairs_[pair].times += times_of_[chunk_of_[at]];
+    pairs_[pair].times += times_of_[places_[at].chunk];
     ++pairs_[pair].places;
     places_[at].pair = pair;
-    found_.push_back({pair, at});
   }
 
   uint32_t new_pair(uint32_t left, uint32_t right) {
-    pairs_.push_back({0, left, right, 0, 0});
+    pairs_.push_back({0, left, right, 0, nullptr});
     return static_cast<uint32_t>(pairs_.size() - 1);
   }
 
-  // Lists the places of all pairs from number `first` on, which are those in found_.
-  void list_found(size_t first) {
-    uint64_t start = listed_.size();
+  // Gives the pairs from number `first` on their lists, and puts them into the heap. `each(list)` calls
+  // list(pair, place) for all places of theirs in order.
+  template <typename Each>
+  void list_places(size_t first, Each&& each) {
+    size_t size = 0;
+    for (size_t pair = first; pair < pairs_.size(); ++pair) size += pairs_[pair].places;
+    lists_.push_back(std::make_unique_for_overwrite<uint32_t[]>(size));
+    std::vector<uint32_t*> ends;
+    uint32_t* start = lists_.back().get();
     for (size_t pair = first; pair < pairs_.size(); ++pair) {
-      pairs_[pair].first = start;
+      ends.push_back(start);
+      pairs_[pair].listed = start;
       start += pairs_[pair].places;
     }
-    listed_.resize(start);
-    for (const auto& [pair, at] : found_) listed_[pairs_[pair].first++] = at;
-    for (size_t pair = first; pair < pairs_.size(); ++pair) {
-      pairs_[pair].first -= pairs_[pair].places;
-      push(static_cast<uint32_t>(pair));
-    }
-    found_.clear();
+    each([&](uint32_t pair, uint32_t at) { *ends[pair - first]++ = at; });
+    for (size_t pair = first; pair < pairs_.size(); ++pair) push(static_cast<uint32_t>(pair));
   }
 
   void push(uint32_t pair) {
-    const auto& [times, left, right, first, places] = pairs_[pair];
+    const auto& [times, left, right, places, listed] = pairs_[pair];
     if (!times) return;
     heap_.push_back({times, uint64_t{left} << 32 | right, pair});
     std::push_heap(heap_.begin(), heap_.end());
@@ -152,15 +157,15 @@ class Merger {
 
     const size_t first_new = pairs_.size();
     for (uint32_t i = 0; i < merged.places; ++i) {
-      const uint32_t at = listed_[merged.first + i];
+      const uint32_t at = merged.listed[i];
       if (places_[at].pair != pair) continue;
       const uint32_t right_at = at + left_length, next_at = at + length;
-      const uint64_t times = times_of_[chunk_of_[at]];
+      const uint64_t times = times_of_[places_[at].chunk];
       const uint32_t before = places_[at - 1].token, next = places_[next_at].token;
 
       if (next != none) pairs_[places_[right_at].pair].times -= times;
-      places_[right_at] = {none, none};
-      places_[at] = {token, none};
+      places_[right_at].pair = places_[at].pair = none;
+      places_[at].token = token;
       places_[next_at - 1].token = token;
       if (before != none) {
         const uint32_t before_at = at - length_[before];
@@ -168,11 +173,13 @@ class Merger {
         uint32_t& brought = with_left_[before];
         if (brought == none) brought = new_pair(before, token);
         found_at(brought, before_at);
+        found_.push_back({brought, before_at});
       }
       if (next != none) {
         uint32_t& brought = with_right_[next];
         if (brought == none) brought = new_pair(token, next);
         found_at(brought, at);
+        found_.push_back({brought, at});
       }
     }
     pairs_[pair].times = 0;
@@ -180,17 +187,19 @@ class Merger {
       with_left_[pairs_[brought].left] = none;
       with_right_[pairs_[brought].right] = none;
     }
-    list_found(first_new);
+    list_places(first_new, [this](auto&& list) {
+      for (const auto& [brought, at] : found_) list(brought, at);
+    });
+    found_.clear();
   }
 
   std::vector<Place> places_;
-  std::vector<uint32_t> chunk_of_;  // of each place, the number of its chunk
   std::vector<uint64_t> times_of_;  // of each chunk, how often it occurs
   std::vector<uint32_t> length_;    // of each token, its bytes
   std::vector<Pair> pairs_;
-  std::vector<uint32_t> listed_;    // the places of all pairs, one pair after the other
+  std::vector<std::unique_ptr<uint32_t[]>> lists_;  // the places of the pairs that a step brought
   std::vector<Candidate> heap_;
-  std::vector<std::pair<uint32_t, uint32_t>> found_;  // within a step: (pair, place)
+  std::vector<std::pair<uint32_t, uint32_t>> found_;  // within a step: (new pair, place)
   std::vector<uint32_t> with_left_, with_right_;      // within a step: the new pair with a token
 };
 
