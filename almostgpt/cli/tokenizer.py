@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -10,11 +12,11 @@ from pathlib import Path
 
 from almostgpt.cli.arguments import parse
 from almostgpt.data.progress import progress_bar, say
-from almostgpt.data.tokenizer import load_tokenizer, train_bpe
+from almostgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from almostgpt.data.tokenizer_base import END_OF_TEXT
 from almostgpt.data.tokenizer_stats import Amount, measure, peers_here
 from almostgpt.errors import UserError, not_one_of
-from almostgpt.files import expand
+from almostgpt.files import expand, fsync_folder, temporary_beside
 
 HELP = """usage: almostgpt tokenizer {train,encode,stats} [options]      (--help after one shows its options)
 
@@ -78,7 +80,7 @@ class StatsArguments:
 def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
-        return 0
+        raise SystemExit(0)
     name, *rest = arguments
     if name not in ACTIONS:
         raise UserError(f"almostgpt tokenizer: the action is {not_one_of(name, ACTIONS)}")
@@ -101,7 +103,7 @@ def _train(given: TrainArguments) -> dict:
         threads=given.threads,
         progress=True,
     )
-    tokenizer.save(out)
+    _save(tokenizer, out)
     seconds = time.perf_counter() - start
     say(f"{out}: a vocabulary of {tokenizer.vocab_size:,} ids in {seconds:.1f} s")
     return {
@@ -111,6 +113,17 @@ def _train(given: TrainArguments) -> dict:
         "special_tokens": tokenizer.special_ids,
         "seconds": seconds,
     }
+
+
+def _save(tokenizer: Tokenizer, out: Path) -> None:
+    """The folder is there with all that belongs into it, or not at all."""
+    temporary = temporary_beside(out)
+    try:
+        tokenizer.save(temporary)
+        os.rename(temporary, out)
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _encode(given: EncodeArguments) -> dict:

@@ -1,6 +1,7 @@
 """Pages of docs/ whose snippets run, one after the other, and print what the page says."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 NEEDS_CPP = pytest.mark.skipif(cpu.missing() is not None, reason=f"{cpu.missing()}")
+NEEDS_BPE = pytest.mark.skipif(find_spec("almostgpt._bpe") is None, reason="no tokenizer trainer")
 
 
 @pytest.mark.parametrize(
@@ -21,9 +23,11 @@ NEEDS_CPP = pytest.mark.skipif(cpu.missing() is not None, reason=f"{cpu.missing(
         "kv_cache.md",
         "sampling.md",
         pytest.param("cpu.md", marks=NEEDS_CPP),
+        pytest.param("tokenizer.md", marks=NEEDS_BPE),
     ],
 )
-def test_snippets_run(page, capsys):
+def test_snippets_run(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (DOCS / page).read_text()
     snippets = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", text, re.S)
     assert snippets
