@@ -28,7 +28,7 @@ class DataConfig:
 
     path: str | None = None  # a .txt file, a folder of text, or a prepared folder; wins over corpus
     corpus: str = "stdlib"  # stdlib | shakespeare
-    tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved tokenizer
+    tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
     sampling: str = "random"  # random | sequential windows
@@ -95,6 +95,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: str | None = None  # run, checkpoint or exported folder: weights to begin with
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
 

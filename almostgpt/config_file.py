@@ -55,12 +55,17 @@ def find_config(name_or_file: str | Path, relative_to: Path | None = None) -> Pa
     )
 
 
-def read_settings(name_or_file: str | Path) -> dict[str, Any]:
-    """The settings that a file and its chain of bases give, as ``{"model.n_layer": 4}``, coerced."""
+def read_settings(name_or_file: str | Path, *, presets: bool = True) -> dict[str, Any]:
+    """The settings that a file and its chain of bases give, as ``{"model.n_layer": 4}``, coerced.
+
+    Args:
+        presets: whether those of built-in presets among them count, or the user's own files alone.
+    """
     problems: list[str] = []
     settings: dict[str, Any] = {}
     for file, tree in reversed(list(_base_chain(name_or_file))):
-        settings |= _read_tree(tree, file, problems)
+        if presets or file.resolve().parent != PRESETS.resolve():
+            settings |= _read_tree(tree, file, problems)
     if problems:
         raise UserError("\n".join(problems))
     return settings

@@ -175,6 +175,17 @@ def unused_options(model: GPTConfig) -> Iterator[str]:
             yield name
 
 
+def without_unused(model: GPTConfig) -> GPTConfig:
+    """The model with those settings left out: what is chosen decides which of the others count."""
+    for name, (place, parts, _) in PART_OPTIONS.items():
+        # One after the other: rope_factor goes with the rope_scaling that went before it.
+        if getattr(model, place) not in parts:
+            model = dataclasses.replace(model, **{name: None})
+    if model.position != "rope":
+        model = dataclasses.replace(model, rope_base=GPTConfig.rope_base)
+    return model
+
+
 def model_problems(model: GPTConfig) -> list[str]:
     """What is impossible about a model, each as ``model.key: reason``."""
     problems = _unused(model)

@@ -1,7 +1,4 @@
-"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work.
-
-In one file, though it is long: it is a table, which is read an entry at a time.
-"""
+"""The ways to call each op that ``info --check`` goes through: inputs, definition, and work."""
 
 from __future__ import annotations
 

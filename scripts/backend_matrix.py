@@ -251,7 +251,8 @@ a change to an op run it again, rather than edit the page.
 A column is a card, by its compute capability ({cards}),
 in an install that has every kernel. CPU is a processor with AVX2, and no gradient asked for; there the CUDA
 kernels run when the `emulator` is forced. Every other device runs the `reference`, which is plain PyTorch.
-`almostgpt info` says what runs on the machine at hand, and `almostgpt info --check` whether it is right.
+`almostgpt info` says what runs on the machine at hand, `almostgpt info --config X` what each part of that
+model uses ([kernels](kernels.md#of-a-whole-model)), and `almostgpt info --check` whether it is right.
 """
 
 

@@ -11,6 +11,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from almostgpt.config import Config
 from almostgpt.config_file import coerce
+from almostgpt.errors import UserError
 
 # A whole configuration as options without a prefix, its booleans with a value like every other setting.
 Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
@@ -47,6 +48,14 @@ def _as_in_a_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: (optional and value is None) or isinstance(value, (kind, int)),
         str_from_instance=to_words,
     )
+
+
+def capability(text: str) -> tuple[int, ...]:
+    """``9.0`` as (9, 0)."""
+    try:
+        return tuple(int(number) for number in text.split("."))
+    except ValueError:
+        raise UserError(f"--capability is {text!r}, not a number such as 9.0") from None
 
 
 def parse(

@@ -19,7 +19,7 @@ from almostgpt.device import pick_device, pick_precision
 from almostgpt.errors import UserError
 from almostgpt.inference.cache import KVCache
 from almostgpt.inference.cache_options import check_options
-from almostgpt.inference.chat import Conversation
+from almostgpt.inference.chat import Chat, Conversation
 from almostgpt.inference.decoder import feed
 from almostgpt.inference.sampling import Sampling, seed_or_new
 from almostgpt.inference.text import Completion, TextStream, check_stop
@@ -59,6 +59,7 @@ class GenerateArguments:
     logprobs: bool = False  # in JSON, the log-probability of each new token
     batch_size: int = 8  # texts made at the same time, with several prompts or JSON
     interactive: bool = False  # read prompts in turn; each continues the conversation so far
+    plain: bool = False  # interactive: as one text, though the tokenizer has a chat template
     cache: str = "auto"  # auto (full, or rolling past a window) | full | rolling | int8 | none
     window: int | None = None  # of a rolling cache: tokens that each one sees; null: block_size
     sink_tokens: int | None = None  # of them, from the very beginning of the text; null: 4
@@ -104,6 +105,10 @@ def _check(given: GenerateArguments) -> None:
         raise UserError("--logprobs is for --json")
     if given.interactive and (given.json or given.num_samples > 1 or given.prompt_file):
         raise UserError("--interactive goes with neither --json, --num-samples nor --prompt-file")
+    if given.plain and not given.interactive:
+        raise UserError(
+            "--plain is for --interactive: elsewhere prompts are always continued as text"
+        )
     if given.interactive and len(given.prompt) > 1:
         raise UserError("--interactive takes one --prompt to begin with")
 
@@ -138,13 +143,12 @@ def _sampling(given: GenerateArguments) -> Sampling:
 
 
 def _stop_ids(tokenizer: Tokenizer, given: GenerateArguments) -> tuple[int, ...]:
-    if given.past_the_end or tokenizer.end_of_text is None:
-        return given.stop_ids
-    return (*given.stop_ids, tokenizer.end_of_text)
+    return given.stop_ids if given.past_the_end else (*given.stop_ids, *tokenizer.stop_ids)
 
 
 def _conversation(model: GPT, tokenizer: Tokenizer, given: GenerateArguments) -> Conversation:
-    return Conversation(
+    kind = Conversation if given.plain or tokenizer.chat_template is None else Chat
+    return kind(
         model,
         tokenizer,
         given.max_tokens,
@@ -205,7 +209,7 @@ def _shared_cache(
     model: GPT, tokenizer: Tokenizer, given: GenerateArguments, prompt: str
 ) -> KVCache | None:
     """A cache of the prompt, where several samples have something of it to be computed once."""
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode_from_start(prompt)
     if given.num_samples == 1 or given.max_tokens == 0 or len(ids) < 2:
         return None
     tokens = len(ids) + given.max_tokens

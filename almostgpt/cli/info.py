@@ -17,7 +17,8 @@ from rich.table import Table
 
 import almostgpt
 from almostgpt import kernels
-from almostgpt.cli.arguments import parse
+from almostgpt.cli.arguments import capability, parse
+from almostgpt.cli.info_model import is_about_model, run_model
 from almostgpt.cli.plan import run_plan
 from almostgpt.config import not_one_of
 from almostgpt.device import pick_device
@@ -32,6 +33,9 @@ With --check it runs the ops instead, and compares outputs and gradients with fl
 be at most twice that of the plain definition in the same dtype, plus a few ulps. On a GPU it also
 measures speed. The exit code is 1 when an error is larger.
 
+With --config, or a setting of a model, it shows which backend each part of that model would use, and
+why; almostgpt info --config quickstart --help says more.
+
 With --plan it predicts memory and time of a training run; almostgpt info --plan --help says more.
 
 examples:
@@ -42,6 +46,7 @@ examples:
   almostgpt info --check --op rms_norm --shape 4096x4096 --dtype bf16
   almostgpt info --check --op flash_attention --shape 2x12x1024x64    B x H x T x D
   almostgpt info --check --backend emulator --capability 9.0      the CUDA kernels, on a CPU
+  almostgpt info --config gpt2-124m --capability 9.0              that model's parts, on an H100
   almostgpt info --plan --config gpt2-124m                        what a training run would take"""
 
 
@@ -60,6 +65,8 @@ class InfoArguments:
 def run(arguments: list[str]) -> int:
     if "--plan" in arguments:  # it takes the settings of a training run, and not what follows here
         return run_plan([argument for argument in arguments if argument != "--plan"])
+    if is_about_model(arguments):
+        return run_model(arguments)
     given = parse(InfoArguments, arguments, prog="almostgpt info", description=DESCRIPTION)
     if given.check:
         return run_checks(given)
@@ -244,7 +251,7 @@ def _forced_backend(given: InfoArguments, op: str) -> AbstractContextManager:
     if given.capability is not None and not _emulated(given):
         raise UserError("--capability is of the card that the emulator plays: --backend emulator")
     if given.capability is not None:
-        card = _capability(given.capability)
+        card = capability(given.capability)
         return kernels.use_backend("emulator", ops=[op], capability=card)
     return nullcontext() if given.backend is None else kernels.use_backend(given.backend, ops=[op])
 
@@ -256,13 +263,6 @@ def _forced(given: InfoArguments) -> list[str]:
 
 def _emulated(given: InfoArguments) -> bool:
     return "emulator" in _forced(given)
-
-
-def _capability(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split("."))
-    except ValueError:
-        raise UserError(f"--capability is {text!r}, not a number such as 9.0") from None
 
 
 def _show_check(result: Result) -> None:

@@ -82,7 +82,8 @@ def _answer(conversation: Conversation, prompt: str, write: Callable[[str], None
     stopped = ""
     try:
         answer = conversation.say(prompt)
-        write(prompt)
+        if conversation.echoes:
+            write(prompt)
         for text in answer:
             write(text)
     except UserError as error:  # a character the model has never seen, or no room

@@ -14,7 +14,9 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "generate": "text from a trained model",
     "quantize": "a trained model in 8 bits, for generation",
+    "convert": "models of Hugging Face, in and out",
     "eval": "perplexity of a trained model on a text",
+    "ablate": "which part is better: the same run with each, over seeds",
     "prepare": "turn text into token shards",
     "info": "versions, devices, and which kernels would run here",
 }

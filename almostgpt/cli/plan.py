@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -13,11 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from almostgpt.cli.arguments import Settings, parse
-from almostgpt.config import Config, overlay, resolve
-from almostgpt.config_file import read_settings
+from almostgpt.cli.settings import DEFAULT_PRESET, Beginning
+from almostgpt.config import Config
 from almostgpt.device import pick_device
-from almostgpt.errors import UserError
-from almostgpt.model.gpt import part_problems
 from almostgpt.training.plan import Plan, make_plan
 from almostgpt.training.progress import duration
 
@@ -34,25 +31,21 @@ examples:
 @dataclass(frozen=True)
 class PlanArguments:
     settings: Settings
-    config: str = "quickstart"  # a built-in preset, or a YAML file
+    config: str = DEFAULT_PRESET  # a built-in preset, or a YAML file
     json: bool = False  # one JSON object on stdout instead of the tables
 
 
 def run_plan(arguments: list[str]) -> int:
     """The command, with the arguments that follow ``info``, but for ``--plan``."""
-    early = argparse.ArgumentParser("almostgpt info", add_help=False, allow_abbrev=False)
-    early.add_argument("--config", default="quickstart")
-    preset = early.parse_known_args(arguments)[0].config
+    begin = Beginning.of(arguments)
     given = parse(
         PlanArguments,
         arguments,
         prog="almostgpt info --plan",
         description=DESCRIPTION,
-        default=PlanArguments(settings=overlay(Config(), read_settings(preset)), config=preset),
+        default=PlanArguments(settings=begin.defaults, config=begin.preset),
     )
-    config = resolve(given.settings)
-    if problems := part_problems(config.model):
-        raise UserError("\n".join(problems))
+    config = begin.complete(given.settings)
     plan = make_plan(config, pick_device(config.device))
     if given.json:
         print(json.dumps({"config": given.config, **dataclasses.asdict(plan)}))

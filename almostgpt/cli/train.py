@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from almostgpt import checkpoint
 from almostgpt.cli.arguments import Settings, parse
-from almostgpt.config import Config, overlay, resolve
+from almostgpt.cli.settings import DEFAULT_PRESET, Beginning, absolute_paths, checked
+from almostgpt.config import Config, overlay
 from almostgpt.config_file import find_config, read_settings, to_yaml
-from almostgpt.data.dataset import Dataset
 from almostgpt.data.prepare import cached_dataset
-from almostgpt.data.tokenizer import TOKENIZERS
+from almostgpt.data.tokenizer import Tokenizer, load_tokenizer
 from almostgpt.device import pick_device
 from almostgpt.errors import UserError
 from almostgpt.files import expand
-from almostgpt.model.gpt import part_problems
+from almostgpt.training.initial import Initial, read_initial, remark, settings_beside
 from almostgpt.training.progress import make_progress
 from almostgpt.training.run import (
     check_is_run,
@@ -27,6 +27,7 @@ from almostgpt.training.run import (
     occupy,
     resume_config,
     stored_config,
+    with_vocabulary,
     write_config,
 )
 from almostgpt.training.trainer import Trainer
@@ -41,13 +42,14 @@ examples:
   almostgpt train --config shakespeare-char --device cuda --training.precision bf16
   almostgpt train --config my.yaml --out runs/mine     a file of your own (base: quickstart)
   almostgpt train --out runs/mine --resume             go on exactly where the run stopped
+  almostgpt train --init runs/mine --data.path new.txt --optimizer.lr 1e-4     fine-tune its weights
   almostgpt train --config gpt2-124m --print-config    the resolved settings, and nothing else"""
 
 
 @dataclass(frozen=True)
 class TrainArguments:
     settings: Settings
-    config: str = "quickstart"  # a built-in preset, or a YAML file
+    config: str = DEFAULT_PRESET  # a built-in preset, or a YAML file
     out: Path | None = None  # the run folder; default runs/<config>, numbered when it exists
     resume: bool = False  # continue the run in --out from its newest whole checkpoint
     print_config: bool = False  # print the resolved settings as YAML and stop
@@ -55,8 +57,7 @@ class TrainArguments:
 
 def run(arguments: list[str]) -> int:
     early = _early_arguments(arguments)
-    newest = stored = None
-    base = Config()
+    newest = stored = initial = None
     if early.resume:
         if early.out is None:
             raise UserError("--resume needs --out DIR, the run folder to continue")
@@ -64,29 +65,28 @@ def run(arguments: list[str]) -> int:
         check_is_run(out)
         newest = checkpoint.newest(out)
         stored = stored_config(out, newest)
-        base = overlay(base, read_settings(out / "config.yaml"))
-    # What the command line does not say comes from the file; on a resumed run, from the run.
-    preset = early.config if early.config is not None or early.resume else "quickstart"
-    if preset is not None:
-        base = overlay(base, read_settings(preset))
+        preset, base = early.config or DEFAULT_PRESET, _stored_defaults(out, stored, early.config)
+    else:
+        begin = Beginning.of(arguments)
+        preset, base, initial = begin.preset, begin.defaults, begin.initial
     given = parse(
         TrainArguments,
         arguments,
         prog="almostgpt train",
         description=DESCRIPTION,
-        default=TrainArguments(settings=base, config=preset or "quickstart"),
+        default=TrainArguments(settings=base, config=preset),
     )
-    config = resolve(_absolute_paths(given.settings))
-    if problems := part_problems(config.model):
-        raise UserError("\n".join(problems))
-    if stored is not None:
+    if stored is None:
+        config = begin.complete(given.settings)
+    else:
+        config = _same_beginning(checked(absolute_paths(given.settings)), stored)
         config = resume_config(stored, config, checkpoint.step_of(newest))
     if given.print_config:
         print(to_yaml(config), end="")
         return 0
 
     device = pick_device(config.device)
-    dataset = cached_dataset(config.data)
+    dataset = cached_dataset(config.data, tokenizer=_models_tokenizer(config, initial, newest))
     config = with_vocabulary(config, dataset)
     folder = expand(given.out) if given.out is not None else None
     fresh = not early.resume and (folder is None or not folder.exists())
@@ -101,6 +101,8 @@ def run(arguments: list[str]) -> int:
             raise
         write_config(folder, config, new=not early.resume)
         progress = make_progress()
+        if initial is not None:
+            progress.note(remark(initial, config))
         progress.note(_headline(trainer))
         result = trainer.train(progress)
     print(json.dumps(result))
@@ -129,27 +131,38 @@ def _early_arguments(arguments: list[str]) -> argparse.Namespace:
     return early.parse_known_args(arguments)[0]
 
 
-def _absolute_paths(config: Config) -> Config:
-    """So that the run can be continued from another folder."""
-    data = config.data
-    if data.path is not None:
-        data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
-    if Path(data.tokenizer).is_dir():
-        data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).absolute()))
-    return dataclasses.replace(config, data=data)
+def _stored_defaults(run: Path, stored: Config, preset: str | None) -> Config:
+    """What the command line does not say when a run goes on: the file, if one is named, then the run."""
+    base = overlay(Config(), read_settings(run / "config.yaml"))
+    if preset is None:
+        return base
+    settings = read_settings(preset)
+    if stored.init is not None:
+        settings = settings_beside(settings, read_settings(preset, presets=False))
+    return overlay(base, settings)
 
 
-def with_vocabulary(config: Config, dataset: Dataset) -> Config:
-    """``model.vocab_size`` from the tokenizer, unless the configuration asks for more.
+def _same_beginning(config: Config, stored: Config) -> Config:
+    """``--init RUN``, repeated when a run goes on, means the checkpoint that it meant at first."""
+    if config.init not in (None, stored.init):
+        with suppress(UserError):  # it is gone: that it is another name is what will be said
+            if str(checkpoint.find(config.init)) == stored.init:
+                return overlay(config, {"init": stored.init})
+    return config
 
-    More is room for ids to come, or a way to measure a larger vocabulary; text is made from the
-    tokenizer's ids alone.
-    """
-    wanted, needed = config.model.vocab_size, dataset.vocab_size
-    if wanted is not None and wanted < needed:
-        raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {needed} ids")
-    model = dataclasses.replace(config.model, vocab_size=wanted or needed)
-    data = config.data
-    if data.tokenizer in TOKENIZERS:  # a prepared folder brings its own, which is what was used
-        data = dataclasses.replace(data, tokenizer=dataset.tokenizer.name)
-    return dataclasses.replace(config, model=model, data=data)
+
+def _models_tokenizer(
+    config: Config, initial: Initial | None, newest: Path | None
+) -> Tokenizer | None:
+    """The tokenizer of the weights that a run began with; None: it began with new ones."""
+    if config.init is None:
+        return None
+    if newest is not None:
+        return load_tokenizer(newest / checkpoint.TOKENIZER)
+    try:
+        return (initial or read_initial(config.init)).tokenizer
+    except UserError as error:
+        raise UserError(
+            "--resume: the run has no checkpoint yet, so it needs the weights that it began with "
+            f"(--init): {error}. Bring them back, or start a new run"
+        ) from error

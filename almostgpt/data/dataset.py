@@ -60,11 +60,13 @@ def is_prepared(folder: Path) -> bool:
     )
 
 
-def open_dataset(folder: str | Path, tokenizer: str = "gpt2", *, progress: bool = True) -> Dataset:
+def open_dataset(
+    folder: str | Path, tokenizer: str | Tokenizer = "gpt2", *, progress: bool = True
+) -> Dataset:
     """Opens a prepared folder and verifies it: every size, and every checksum (about 1 GB/s).
 
     A folder of bare public ``.bin`` files opens too: names with ``val`` validate, names with
-    ``train`` train, and ``tokenizer`` (a name or folder) says what made them. A prepared folder
+    ``train`` train, and ``tokenizer`` (or its name or folder) says what made them. A prepared folder
     brings its own.
 
     Raises ``UserError`` that names the file which is missing, damaged or foreign.
@@ -105,7 +107,7 @@ def open_dataset(folder: str | Path, tokenizer: str = "gpt2", *, progress: bool 
     return Dataset(folder, load_tokenizer(folder), train, val, fingerprint)
 
 
-def _open_bare(folder: Path, tokenizer: str) -> Dataset:
+def _open_bare(folder: Path, tokenizer: str | Tokenizer) -> Dataset:
     """Public ``.bin`` files: they bring no checksums, so only their headers are checked."""
     files = sorted(folder.glob("*.bin"))
     val = [file for file in files if "val" in file.name]
@@ -121,7 +123,7 @@ def _open_bare(folder: Path, tokenizer: str) -> Dataset:
             f"{folder}: bare .bin files do not say which tokenizer made them, and char "
             "cannot have; set data.tokenizer (gpt2 for the public GPT-2 sets)"
         )
-    opened = load_tokenizer(tokenizer)
+    opened = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     sizes = [[file.name, file.stat().st_size] for file in train + val]
     return Dataset(
         folder,

@@ -68,21 +68,36 @@ def prepare(
     return _prepare(data, survey, tokenizer, out, cache, progress)
 
 
-def cached_dataset(data: DataConfig, cache: Path | None = None, progress: bool = True) -> Dataset:
+def cached_dataset(
+    data: DataConfig,
+    cache: Path | None = None,
+    progress: bool = True,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Dataset:
     """The data of a configuration, ready to train on; prepared in the cache the first time.
 
     A prepared folder in ``data.path`` is opened as it is, with its own tokenizer. Otherwise the
     cache is keyed by the content of the text, the tokenizer and the split options.
+
+    Args:
+        tokenizer: of a model that is there already, which takes the place of ``data.tokenizer``.
+
+    Raises:
+        UserError: no data, or it is prepared with another tokenizer than the model's.
     """
     if data.path is not None and is_prepared(expand(data.path)):
-        dataset = open_dataset(data.path, data.tokenizer, progress=progress)
-        if _names_another(data.tokenizer, dataset.tokenizer):
+        dataset = open_dataset(data.path, tokenizer or data.tokenizer, progress=progress)
+        if tokenizer is not None:
+            _check_prepared_for(tokenizer, dataset)
+        elif _names_another(data.tokenizer, dataset.tokenizer):
             own = dataset.tokenizer.name
             say(f"{data.path}: made with the {own} tokenizer, not {data.tokenizer}", progress)
         return dataset
     cache = cache or cache_folder()
     survey = survey_documents(data, cache)
-    tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
+    if tokenizer is None:
+        tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
     document_start(data.documents, tokenizer)  # refused now, rather than when all is prepared
     folder = cache / "datasets" / _options(data, survey, tokenizer)["fingerprint"][:32]
     if (folder / prepared.FILE_NAME).is_file():
@@ -94,8 +109,19 @@ def _names_another(name_or_folder: str, own: Tokenizer) -> bool:
     """Whether the user asks for another tokenizer than a prepared folder has (char: default)."""
     if name_or_folder in TOKENIZERS:
         return name_or_folder not in (CharTokenizer.name, own.name)
-    named = load_tokenizer(name_or_folder)
-    return (named.name, named.settings()) != (own.name, own.settings())
+    return not load_tokenizer(name_or_folder).same_as(own)
+
+
+def _check_prepared_for(models: Tokenizer, dataset: Dataset) -> None:
+    theirs = dataset.tokenizer
+    if theirs.same_as(models):
+        return
+    other = f"another {theirs.name}" if theirs.name == models.name else f"the {theirs.name}"
+    raise UserError(
+        f"{dataset.folder}: prepared with {other} tokenizer, but the model that training begins with "
+        f"has the {models.name} one ({models.vocab_size} ids): its ids mean other text. Give the "
+        "text itself as data.path"
+    )
 
 
 def _prepare(
@@ -195,8 +221,9 @@ def _encode(
 
 
 def _tokens(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    begin = np.array(tokenizer.begin, tokenizer.dtype)
     try:
-        return tokenizer.encode_array(document.text)
+        return np.concatenate([begin, tokenizer.encode_array(document.text)])
     except UserError as error:
         raise UserError(f"{document.name}: {error}") from error
 

@@ -37,7 +37,8 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer, *, progress: bool = True
         return open_shard(path)
     text = read_text(path)
     try:
-        return tokenizer.encode_array(text)
+        begin = np.array(tokenizer.begin, tokenizer.dtype)
+        return np.concatenate([begin, tokenizer.encode_array(text)])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -58,7 +59,7 @@ def _validation_split(folder: Path, tokenizer: Tokenizer, progress: bool) -> np.
 
 def _check_same(path: Path, theirs: Tokenizer, models: Tokenizer) -> None:
     """Ids of another vocabulary would be scored as if they meant something."""
-    if (theirs.name, theirs.settings()) == (models.name, models.settings()):
+    if theirs.same_as(models):
         return
     other = "another char" if theirs.name == models.name else f"the {theirs.name}"
     raise UserError(

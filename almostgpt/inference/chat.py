@@ -35,6 +35,8 @@ class Conversation:
         seed: of the draws; it may be set between turns.
     """
 
+    echoes = True  # whether an answer is read as going on where its prompt ends
+
     def __init__(
         self,
         model: GPT,
@@ -86,11 +88,13 @@ class Conversation:
             UserError: at once, and nothing was said: text that the tokenizer cannot express, or no
                 room for prompt and answer.
         """
-        new = self.tokenizer.encode(prompt)
-        shown = False
-        if not new and not self.history:
-            new, shown = first_tokens(self.tokenizer, prompt, self.seed)
-        history = self.history + new
+        if self.history:
+            return self._go_on(self.history + self.tokenizer.encode(prompt))
+        ids, shown = first_tokens(self.tokenizer, prompt, self.seed)
+        return self._go_on(ids, self.tokenizer.decode(ids) if shown else "")
+
+    def _go_on(self, history: list[int], shown: str = "") -> Iterator[str]:
+        """The answer to all tokens so far, new ones included; ``shown`` is text that comes before it."""
         steps = stream(
             self.model,
             [history],
@@ -103,7 +107,7 @@ class Conversation:
         )
         self.history, self.answer = history, 0
         self._turn += 1
-        return self._answer(self._turn, steps, self.tokenizer.decode(new) if shown else "")
+        return self._answer(self._turn, steps, shown)
 
     def _answer(self, turn: int, steps: Iterator[Drawn], first: str) -> Iterator[str]:
         assembler = Assembler(self.tokenizer, self._stop)
@@ -127,4 +131,74 @@ class Conversation:
                 self._cache.reset()  # the next turn feeds the history anew
             raise
         if text := assembler.end():
+            yield text
+
+
+class Chat(Conversation):
+    """The same in messages: each turn is written by the tokenizer's chat template.
+
+    What the template writes for a turn mostly goes on where the turn before it ended, and then only the
+    new part is fed. Where it does not (some take the thoughts out of earlier answers), and where an
+    answer was cut off by a stop string, the conversation is fed anew.
+
+    The arguments are those of :class:`Conversation`; an answer ends at one of ``stop_ids``, among which
+    should be the tokenizer's.
+    """
+
+    echoes = False
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *args, **options):
+        super().__init__(model, tokenizer, *args, **options)
+        self._forget()
+
+    def clear(self) -> None:
+        super().clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.messages: list[dict[str, str]] = []  # of the turns that are over, and the last prompt
+        self._written = ""  # what the template made of them
+        self._read = 0  # tokens of the history that are of it; those after them are the last answer
+        self._said = ""  # the text of that answer
+
+    def say(self, prompt: str) -> Iterator[str]:
+        turn = {"role": "user", "content": prompt}
+        # After SentencePiece an answer begins with the space before its first word, which templates
+        # write themselves.
+        for said in dict.fromkeys((self._said, self._said.removeprefix(" "))):
+            answered = [{"role": "assistant", "content": said}] if self.messages else []
+            messages = [*self.messages, *answered, turn]
+            written = self.tokenizer.render(messages)
+            ids = self._extended(written)
+            if ids is not None:
+                break
+        else:  # it is not what the cache holds
+            ids = self.tokenizer.encode_rendered(written)
+            if self._cache is not None:
+                self._cache.reset()
+        answer = self._go_on(ids)  # an error until here: nothing was said
+        self.messages, self._written, self._read, self._said = messages, written, len(ids), ""
+        return answer
+
+    def _extended(self, written: str) -> list[int] | None:
+        """The history and what ``written`` has beyond it; None where it does not begin with it.
+
+        The answer stays the tokens that were drawn, though its text could be cut into others.
+        """
+        drawn = self.history[self._read :]
+        end = drawn[-1] if drawn and drawn[-1] in self._stop_ids else None
+        spoken = self.tokenizer.decode_bytes(drawn if end is None else drawn[:-1])
+        so_far = self._written + spoken.decode("utf-8", errors="replace")
+        if not self.history or not written.startswith(so_far):
+            return None
+        new = self.tokenizer.encode_rendered(written[len(so_far) :])
+        if end is None:
+            return self.history + new
+        # The token that ended the answer is the first that the template writes after it.
+        return self.history + new[1:] if new[:1] == [end] else None
+
+    def _answer(self, turn: int, steps: Iterator[Drawn], first: str) -> Iterator[str]:
+        for text in super()._answer(turn, steps, first):
+            if turn == self._turn:
+                self._said += text
             yield text

@@ -209,7 +209,7 @@ def first_tokens(
     tokenizer: Tokenizer, prompt: str, seed: int, sequence: int = 0
 ) -> tuple[list[int], bool]:
     """The tokens that a text begins with, and whether the last of them is to be shown as new text."""
-    if ids := tokenizer.encode(prompt):
+    if ids := tokenizer.encode_from_start(prompt):
         return ids, False
     if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text], False

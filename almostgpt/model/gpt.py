@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,18 @@ class GPT(nn.Module):
         if name not in MODEL_PRESETS:
             raise UserError(f"the preset is {not_one_of(name, MODEL_PRESETS)}")
         return cls(GPTConfig(**{**MODEL_PRESETS[name], **overrides}))
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | Path, **options) -> GPT:
+        """A model of Hugging Face, by hub id or local folder, in evaluation mode.
+
+        Which are served, options and errors: see :func:`almostgpt.hub.load_pretrained`, which gives
+        the tokenizer, too.
+        """
+        # An arrow that points up, as in generate: the room is hub/.
+        from almostgpt.hub import load_model
+
+        return load_model(id_or_folder, **options)
 
     def _initialise(self) -> None:
         """GPT-2's: N(0, 0.02²) for matrices, those into the residual stream scaled by 1/√(2·n_layer).
@@ -242,7 +255,7 @@ class GPT(nn.Module):
         Prompts of several lengths, options and what they return: see
         :func:`almostgpt.inference.generate.generate` and ``stream`` there.
         """
-        # The one arrow that points up: the method is a convenience, the room is inference/.
+        # An arrow that points up: the method is a convenience, the room is inference/.
         from almostgpt.inference.generate import generate
 
         return generate(self, prompts, max_new_tokens, **options)

@@ -5,6 +5,7 @@ runs/<name>/  config.yaml  metrics.jsonl  samples.jsonl  loss.png  checkpoints/
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from almostgpt.config import Config, flatten, resolve
 from almostgpt.config_file import load_config, to_yaml
+from almostgpt.data.dataset import Dataset
+from almostgpt.data.tokenizer import TOKENIZERS
 from almostgpt.errors import UserError
 from almostgpt.files import write_text
 from almostgpt.training.schedule import learning_rate
@@ -30,6 +33,22 @@ RESUMABLE = {
 
 # What may differ where it changes no rate of the steps that were taken.
 RATES = {"schedule.decay_steps", "schedule.decay_fraction"}
+
+
+def with_vocabulary(config: Config, dataset: Dataset) -> Config:
+    """``model.vocab_size`` from the tokenizer, unless the configuration asks for more.
+
+    More is room for ids to come, or a way to measure a larger vocabulary; text is made from the
+    tokenizer's ids alone.
+    """
+    wanted, needed = config.model.vocab_size, dataset.vocab_size
+    if wanted is not None and wanted < needed:
+        raise UserError(f"model.vocab_size is {wanted}, but the tokenizer has {needed} ids")
+    model = dataclasses.replace(config.model, vocab_size=wanted or needed)
+    data = config.data
+    if data.tokenizer in TOKENIZERS:  # a prepared folder brings its own, which is what was used
+        data = dataclasses.replace(data, tokenizer=dataset.tokenizer.name)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def discard_run_folder(run: Path) -> None:

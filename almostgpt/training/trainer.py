@@ -23,6 +23,7 @@ from almostgpt.data.prefetch import Prefetcher
 from almostgpt.device import random_state, set_random_state
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
+from almostgpt.training.initial import load_initial_weights
 from almostgpt.training.metrics import (
     StepLog,
     Stopwatch,
@@ -378,6 +379,8 @@ class Trainer:
         folder = folder or checkpoint.newest(self.run)
         if folder is None:
             self._check_nothing_is_lost()
+            if self.config.init is not None:
+                load_initial_weights(self.model, self.config.init)
             return
         saved = checkpoint.read(folder)
         if saved.state["data"] != self.dataset.fingerprint:

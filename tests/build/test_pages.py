@@ -15,7 +15,13 @@ NEEDS_CPP = pytest.mark.skipif(cpu.missing() is not None, reason=f"{cpu.missing(
 
 @pytest.mark.parametrize(
     "page",
-    ["int8_linear.md", "kv_cache.md", "sampling.md", pytest.param("cpu.md", marks=NEEDS_CPP)],
+    [
+        "int8_linear.md",
+        "integrations.md",
+        "kv_cache.md",
+        "sampling.md",
+        pytest.param("cpu.md", marks=NEEDS_CPP),
+    ],
 )
 def test_snippets_run(page, capsys):
     text = (DOCS / page).read_text()

@@ -37,7 +37,7 @@ def test_every_setting_is_an_option_and_print_config_prints_what_was_given(capsy
             changed[key] = value * 2
         elif isinstance(value, float):
             changed[key] = value / 2 + 0.01
-    changed |= {"model.norm": "layernorm", "model.feedforward": "gelu", "model.position": "learned"}
+    changed |= {"model.norm": "layernorm", "model.feedforward": "gelu", "model.rope_fraction": 0.5}
     changed |= {"data.split": "document", "data.sampling": "sequential", "data.tokenizer": "byte"}
     changed |= {"data.documents": "packed"}
     changed |= {"schedule.name": "constant", "training.precision": "bf16", "device": "cpu"}

@@ -13,7 +13,7 @@ from almostgpt import kernels
 from almostgpt.errors import UserError
 from almostgpt.kernels import dispatch, native
 from almostgpt.kernels.csrc import csrc_kernels
-from almostgpt.kernels.dispatch import Kernel, Op
+from almostgpt.kernels.dispatch import Kernel, Op, observing
 from almostgpt.kernels.emulator import EmulatedOps
 
 X, W = torch.randn(3, 8), torch.randn(8)
@@ -263,3 +263,31 @@ def test_in_forward_mode_the_kernels_of_csrc_leave_it_to_the_reference():
     step = 1e-3
     expected = (kernels.rms_norm(X + step, W) - kernels.rms_norm(X - step, W)) / (2 * step)
     torch.testing.assert_close(tangent, expected, rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------- observers
+
+
+def test_an_observer_is_told_of_every_call_and_of_none_after_it():
+    seen = []
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with observing(lambda op, args, kwargs: seen.append((op.name, args, kwargs))):
+        kernels.rms_norm(x, weight, residual=x)
+        with pytest.raises(UserError):
+            kernels.rms_norm(x, torch.ones(7))  # it does not run
+        other = threading.Thread(target=lambda: kernels.rms_norm(x, weight))
+        other.start()
+        other.join()
+    kernels.rms_norm(x, weight)
+    assert [name for name, _, _ in seen] == ["rms_norm"]
+    _, args, _ = seen[0]
+    assert args[0] is x and args[1] is weight and any(extra is x for extra in args[2:])
+
+
+def test_compiled_code_is_not_observed_and_has_no_break():
+    seen = []
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    compiled = torch.compile(kernels.rms_norm, fullgraph=True, backend="eager")
+    with observing(lambda op, args, kwargs: seen.append(op.name)):
+        y = compiled(x, weight)
+    assert seen == [] and torch.equal(y, kernels.rms_norm(x, weight))

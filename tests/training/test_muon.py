@@ -175,3 +175,36 @@ def test_an_overflow_under_fp16_skips_the_step_of_both(make_trainer, name):
     take_steps(trainer, 1)
     changed = [key for key, value in state(trainer).items() if not torch.equal(value, before[key])]
     assert {"blocks.0.attention.out.weight", "token_embedding.weight"} <= set(changed)
+
+
+def test_the_matrices_of_experts_are_made_orthogonal_one_by_one():
+    """A step of a mixture's weights is a step of each expert's gate, up and down by itself."""
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(
+            block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=32, feedforward="moe",
+            n_experts=3, mlp_hidden=24,
+        )
+    )  # fmt: skip
+    layer = model.blocks[0].feedforward
+    gradients = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for name, parameter in layer.named_parameters():
+        parameter.grad = gradients[name].clone()
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    config = OptimizerConfig(name="muon", lr=0.1, weight_decay=0.0)
+    build_optimizer(model, config).step()
+    for name, height in (("gate_up.weight", 24), ("down.weight", 32)):
+        alone = [torch.nn.Parameter(m) for m in before[name].flatten(0, 1).split(height)]
+        for matrix, gradient in zip(
+            alone, gradients[name].flatten(0, 1).split(height), strict=True
+        ):
+            matrix.grad = gradient.clone()
+        groups = [{"params": alone}]
+        Muon(groups, lr=0.1, momentum=config.momentum, weight_decay=0.0).step()
+        moved = dict(layer.named_parameters())[name].detach().flatten(0, 1)
+        torch.testing.assert_close(moved, torch.cat(alone).detach(), rtol=1e-3, atol=1e-3)
+    # The router is AdamW's: its first step is of the size of the learning rate.
+    router = layer.router.weight.detach() - before["router.weight"]
+    torch.testing.assert_close(router.abs(), torch.full_like(router, 0.1), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,115 @@
+"""Tokenizers as the files that ``AutoTokenizer`` reads: the same ids for the same text.
+
+A Hugging Face tokenizer goes out as it came in. Ours are built from what ``tokenizers`` has:
+
+    char   a vocabulary of whole words, and every character is a word; one that is not in it is an error
+    byte   the 256 characters of GPT-2's alphabet in the order of their bytes, and no merges
+    gpt2   the byte-level BPE that tiktoken has, its merges recovered from the order of its tokens
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from almostgpt.data.huggingface import (
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    HuggingFaceTokenizer,
+    byte_level,
+    character_of_byte,
+)
+from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from almostgpt.data.tokenizer_base import END_OF_TEXT, Tokenizer
+from almostgpt.errors import UserError
+
+Pair = tuple[bytes, bytes]
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The content of each file, by name; ``UserError`` for a kind that is not known here."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _as_it_came(tokenizer)
+    build = BUILDERS.get(type(tokenizer))
+    if build is None:
+        raise UserError(f"the {tokenizer.name} tokenizer cannot be written for transformers")
+    built = build(tokenizer)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.end_of_text is not None:
+        built.add_special_tokens([END_OF_TEXT.decode()])
+        config |= {"eos_token": END_OF_TEXT.decode()}
+    return {
+        TOKENIZER_JSON: built.to_str(pretty=True),
+        TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
+    }
+
+
+def _as_it_came(tokenizer: HuggingFaceTokenizer) -> dict[str, str]:
+    files = {
+        TOKENIZER_JSON: tokenizer.tokenizer_json,
+        TOKENIZER_CONFIG: json.dumps(tokenizer.config, indent=2, ensure_ascii=False) + "\n",
+    }
+    return files | ({TEMPLATE: tokenizer.template_file} if tokenizer.template_file else {})
+
+
+def _char(tokenizer: CharTokenizer):
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Built
+
+    ids = {character: id for id, character in enumerate(tokenizer.characters)}
+    # Words that are not in the vocabulary become unk_token; there is none, which is an error.
+    built = Built(models.WordLevel(ids, unk_token="<no such character>"))
+    built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    built.decoder = decoders.Fuse()
+    return built
+
+
+def _byte(tokenizer: ByteTokenizer):
+    from tokenizers import models
+
+    ids = {character: byte for byte, character in character_of_byte().items()}
+    return byte_level(models.BPE(ids, []), split=False)
+
+
+def _gpt2(tokenizer: GPT2Tokenizer):
+    from tokenizers import models
+
+    written = character_of_byte()
+
+    def shown(token: bytes) -> str:
+        return "".join(written[byte] for byte in token)
+
+    ranks = tokenizer.ranks
+    ids = {shown(token): id for token, id in ranks.items()}
+    pairs = [(shown(left), shown(right)) for left, right in merges_of(ranks)]
+    return byte_level(models.BPE(ids, pairs))
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[Pair]:
+    """The merges of a byte-level BPE, in order, from its tokens and their ranks.
+
+    A token was made by the last merge of itself: apply to its bytes all merges of lower rank, and two
+    parts are left.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = [bytes([byte]) for byte in token]
+            while len(parts) > 2:
+                merged = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+                at = min(range(len(merged)), key=lambda i: ranks.get(merged[i], rank))
+                parts[at : at + 2] = [merged[at]]
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+BUILDERS: dict[type[Tokenizer], Callable] = {
+    CharTokenizer: _char,
+    ByteTokenizer: _byte,
+    GPT2Tokenizer: _gpt2,
+}
