@@ -52,3 +52,22 @@ def test_settings_make_a_model(page, tmp_path):
         assert {key: str(getattr(model.config, key)) for key in asked} == {
             key: str(float(value) if key == "norm_eps" else value) for key, value in asked.items()
         }
+
+
+def test_links_lead_somewhere():
+    root = DOCS.parent
+    for page in [*DOCS.glob("*.md"), root / "README.md", root / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            file, _, anchor = link.partition("#")
+            if link.startswith(("http:", "https:")):
+                continue
+            target = page if not file else page.parent / file
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+                assert anchor in map(slug, headings), f"{page.name}: {link}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
