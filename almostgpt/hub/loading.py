@@ -138,7 +138,7 @@ def _check(
     """Whether the files have the model's tensors, all of them and no others, in the right shapes."""
     try:
         shapes = _shapes(config)
-    except (RuntimeError, TypeError) as error:  # more than 64 bits can count
+    except (RuntimeError, TypeError, OverflowError) as error:  # more than 64 bits can count
         raise UserError(
             f"{stored.folder / 'config.json'}: damaged: its sizes are beyond any tensor's"
         ) from error

@@ -191,6 +191,7 @@ def test_pickles_are_not_read(folder):
         {"vocab_size": 10**18},
         {"hidden_size": 10**15, "num_key_value_heads": 1, "head_dim": 10**15},
         {"num_attention_heads": 2**63, "num_key_value_heads": 2**63, "head_dim": 4},
+        {"head_dim": 2**70},
     ],
 )
 def test_sizes_that_no_tensor_has(sizes, folder):
