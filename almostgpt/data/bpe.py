@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from almostgpt.data.huggingface import TOKENIZER_JSON, byte_level, character_of_byte
+from almostgpt.data.huggingface import TOKENIZER_JSON, byte_level
+from almostgpt.data.token_bytes import character_of_byte
 from almostgpt.data.tokenizer_base import END_OF_TEXT, Tokenizer, unicode_bytes
 from almostgpt.errors import UserError
 from almostgpt.files import write_text

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from almostgpt.data.bpe import PATTERNS, RANKS_FILE, BPETokenizer
-from almostgpt.data.huggingface import BYTE_OF_CHARACTER, HuggingFaceTokenizer
+from almostgpt.data.huggingface import HuggingFaceTokenizer
+from almostgpt.data.token_bytes import BYTE_OF_CHARACTER
 from almostgpt.data.tokenizer import FILE_NAME, load_tokenizer
 from almostgpt.errors import UserError
 
