@@ -47,8 +47,8 @@ def train_bpe(
         progress: whether to show bars and a summary on stderr.
 
     Raises:
-        UserError: a bad argument, no text, a text that the pattern leaves out parts of, or no native
-            library.
+        UserError: a bad argument, no text, too much of it (4 GiB of distinct chunks), a text that
+            the pattern leaves out parts of, or no native library.
         OSError: a file that cannot be read.
     """
     special_tokens = checked_special_tokens(special_tokens)
@@ -61,7 +61,10 @@ def train_bpe(
     if not feed.bytes:
         raise UserError("there is no text to train on: the documents are empty, or there are none")
     with progress_bar("merging", merges, progress) as advance:
-        pairs, distinct = feed.trainer.train(merges, _steps(advance))
+        try:
+            pairs, distinct = feed.trainer.train(merges, _steps(advance))
+        except ValueError as error:  # its numbers have 32 bits
+            raise UserError(f"too much text to train on: {error}; take a part of it") from error
     tokens = [bytes([byte]) for byte in range(BYTES)]
     for left, right in pairs:
         tokens.append(tokens[left] + tokens[right])

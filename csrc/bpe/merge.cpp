@@ -116,6 +116,7 @@ class Merger {
   }
 
   uint32_t new_pair(uint32_t left, uint32_t right) {
+    if (pairs_.size() == none) throw std::length_error("there are 2^32 distinct pairs or more");
     pairs_.push_back({0, left, right, 0, nullptr});
     return static_cast<uint32_t>(pairs_.size() - 1);
   }
@@ -207,11 +208,8 @@ class Merger {
 
 std::vector<Merge> find_merges(ChunkMap&& chunks, size_t count,
                                const std::function<void(size_t)>& progress) {
-  constexpr size_t often = 64;  // merges between two calls of progress; early ones take the longest
   Merger merger(std::move(chunks));
-  while (merger.merges.size() < count && merger.merge_next()) {
-    if (merger.merges.size() % often == 0) progress(merger.merges.size());
-  }
+  while (merger.merges.size() < count && merger.merge_next()) progress(merger.merges.size());
   return std::move(merger.merges);
 }
 

@@ -18,10 +18,10 @@ struct Merge {
 // pair of its time, of equally frequent ones the one with the smaller left token, then the smaller right one.
 // Within a chunk it is applied from left to right.
 //
-// `chunks` is emptied as soon as it is read. `progress(merges so far)` is called now and then; what it
-// throws ends the work.
+// `chunks` is emptied as soon as it is read. `progress(merges so far)` is called after each; what it throws
+// ends the work.
 //
-// Throws std::length_error where the distinct chunks together have 4 GiB or more.
+// Throws std::length_error where the distinct chunks together have 4 GiB or more, or too many pairs.
 std::vector<Merge> find_merges(ChunkMap&& chunks, size_t count,
                                const std::function<void(size_t)>& progress);
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bpe_truth import chunks_of, merges_by_definition, tokens_of
@@ -210,7 +211,23 @@ def test_without_the_native_module(monkeypatch):
     monkeypatch.delattr("almostgpt._bpe", raising=False)
     with pytest.raises(UserError, match="Install g\\+\\+"):
         train_bpe(["a"], 300)
-    assert bpe_training.native  # other tests get it again
+
+
+def test_too_much_text(monkeypatch):
+    class Full:
+        def add(self, document):
+            pass
+
+        def add_chunks(self, counts):
+            pass
+
+        def train(self, merges, progress):
+            raise ValueError("the distinct chunks together have 4 GiB or more")
+
+    module = SimpleNamespace(Trainer=lambda pattern, threads: Full())
+    monkeypatch.setattr(bpe_training, "native", lambda: module)
+    with pytest.raises(UserError, match="4 GiB or more; take a part of it"):
+        train_bpe(["a"], 300)
 
 
 class Stopped(Exception):

@@ -26,9 +26,10 @@ void require(bool holds, const char* what, unsigned seed) {
 
 std::string random_text(std::mt19937& random) {
   static const std::vector<std::string> parts = {
-      " ",  "  ", "\n", "\r\n", "\t", "'s", "'LL", "'\u017f", "'re", "a", "aa", "ab", "the", "12345", "\u0661",
-      "\u00e9", "\u4e16\u754c", "\U0001f642", "\u00a0", "\u2028", "\u3000", "!", "--", "=", "'", "\xff", "\xe4\xb8",
-      "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80", std::string("\0", 1), std::string(40, 'x')};
+      " ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "'\u017f", "'re", "a", "aa", "ab", "the", "12345",
+      "\u0661", "\u00e9", "\u4e16\u754c", "\U0001f642", "\u00a0", "\u2028", "\u3000", "!", "--", "=",
+      "'", "\xff", "\xe4\xb8", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80",
+      std::string("\0", 1), std::string(40, 'x')};
   const auto below = [&](size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(random); };
   std::string text;
   const size_t kinds = 1 + below(parts.size());  // few kinds: much that repeats
