@@ -63,9 +63,9 @@ def test_real_texts(test_data, pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_real_texts_by_themselves(test_data, pattern):
     for name, text in real_texts(test_data).items():
-        text = text[:200_000]
-        expected = merges_by_definition(chunks_of([text], pattern), 400)
-        assert merges_of_trainer([text], pattern, 400) == expected, name
+        text = text[:60_000]
+        expected = merges_by_definition(chunks_of([text], pattern), 200)
+        assert merges_of_trainer([text], pattern, 200) == expected, name
 
 
 @several
