@@ -65,7 +65,7 @@ def test_the_state_is_that_of_the_batches_taken():
         for taken in range(1, 6):
             batches.next_batch()
             alone.next_batch()
-            wait_until(lambda taken=taken: source.batch == taken + 3)  # so many are prepared
+            wait_until(lambda taken=taken: source.row == 4 * (taken + 3))  # so many are prepared
             assert batches.state_dict() == alone.state_dict()
         state = batches.state_dict()
     resumed = loader()
@@ -85,7 +85,7 @@ def test_an_error_comes_with_the_batch_that_has_it(ahead):
         for _ in range(2):  # it stays
             with pytest.raises(UserError, match="shard 0: token id 100 is not in the vocabulary"):
                 batches.next_batch()
-            assert batches.state_dict()["batch"] == 3
+            assert batches.state_dict()["row"] == 3 * 4
 
 
 def test_the_thread_ends_on_an_error_of_the_consumer():
