@@ -7,7 +7,8 @@ number of the next row, and a resumed run sees exactly the rows of an uninterrup
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,7 +18,7 @@ import torch
 from almostgpt.config import not_one_of
 from almostgpt.data.mixture import Shares
 from almostgpt.data.orders import SAMPLINGS, Order
-from almostgpt.data.shards import Shard, TokenRun
+from almostgpt.data.shards import Piece, Shard, TokenRun
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.errors import UserError
 
@@ -58,10 +59,11 @@ def document_borders(tokens: np.ndarray, end_of_text: int, pieces: Sequence[int]
     ``[borders[i], borders[i + 1])``. int32, shape (B·T + 1,), whatever the batch holds: that is room
     for B·T documents of one token, and what is left over repeats B·T, the end.
     """
-    begins = tokens == end_of_text
-    begins.reshape(-1)[pieces] = True
-    starts = np.flatnonzero(begins[:, :-1])  # the last of a row is only a target
-    size = tokens.size - len(tokens)
+    begins = (tokens == end_of_text).reshape(-1)
+    begins[pieces] = True
+    rows, columns = np.divmod(np.flatnonzero(begins), tokens.shape[1])
+    size, width = tokens.size - len(tokens), tokens.shape[1] - 1
+    starts = (rows * width + columns)[columns < width]  # the last of a row is only a target
     borders = np.full(size + 1, size, np.int32)
     borders[: len(starts)] = starts
     return borders
@@ -127,7 +129,6 @@ class TokenLoader:
         dtype = np.result_type(*(order.run.dtype for order in self._orders))
         # Whatever a batch holds is copied out of it again.
         self._tokens = np.empty((batch_size, block_size + 1), dtype)
-        self._room = memoryview(self._tokens.reshape(-1))
 
     @property
     def rows_at_once(self) -> int:
@@ -150,10 +151,10 @@ class TokenLoader:
         Raises ``UserError`` that names the shard which is gone, shrunk or holds an id that is not in
         the vocabulary; the batch stays the next one then.
         """
-        pieces = self._gather()
+        gathered = self._gather()
         tokens = self._tokens
         if tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
-            self._refuse(pieces)
+            self._refuse(gathered)
         shape = self.batch_size, self.block_size
         ids, targets = (
             torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory) for _ in range(2)
@@ -162,34 +163,40 @@ class TokenLoader:
         np.copyto(targets.numpy(), tokens[:, 1:])
         cu_seqlens = None
         if self.packed:
-            borders = document_borders(tokens, self.end_of_text, [place for place, _, _ in pieces])
+            borders = document_borders(
+                tokens, self.end_of_text, [piece[0] for piece, _ in gathered]
+            )
             cu_seqlens = torch.from_numpy(borders)
             cu_seqlens = cu_seqlens.pin_memory() if pin_memory else cu_seqlens
         self.row += self.rows_at_once
         return Batch(ids, targets, cu_seqlens)
 
-    def _gather(self) -> list[tuple[int, TokenRun, int]]:
-        """Fills ``_tokens``; returns the pieces: (place in it, run, position in the run)."""
+    def _gather(self) -> list[tuple[Piece, TokenRun]]:
+        """Fills ``_tokens``; returns the pieces that are in it."""
+        room, length = self._tokens.reshape(-1), self.block_size + 1
+        gathered = []
+        for order, rows, numbers in self._rows():
+            pieces = order.pieces(numbers, [row * length for row in rows])
+            order.run.read(pieces, room)
+            gathered += [(piece, order.run) for piece in pieces]
+        return gathered
+
+    def _rows(self) -> Iterator[tuple[Order, Sequence[int], Sequence[int]]]:
+        """For each set: which rows of this batch are its, and their numbers among its own."""
+        whole = range(self.row + self.rank, self.row + self.rows_at_once, self.world_size)
+        if len(self._orders) == 1:
+            yield self._orders[0], range(self.batch_size), whole
+            return
         sets, numbers = self._shares.assign(self.row, self.rows_at_once)
         sets, numbers = sets[self.rank :: self.world_size], numbers[self.rank :: self.world_size]
-        pieces = []
-        for index, order in enumerate(self._orders):
-            mine = np.flatnonzero(sets == index)
-            if not len(mine):
-                continue
-            order.run.recheck()
-            for row, parts in zip(mine.tolist(), order.rows(numbers[mine]), strict=True):
-                place = row * (self.block_size + 1)
-                for position, length in parts:
-                    order.run.read(position, self._room[place : place + length])
-                    pieces.append((place, order.run, position))
-                    place += length
-        return pieces
+        for number, order in enumerate(self._orders):
+            rows = np.flatnonzero(sets == number)
+            yield order, rows.tolist(), numbers[rows].tolist()
 
-    def _refuse(self, pieces: list[tuple[int, TokenRun, int]]) -> NoReturn:
+    def _refuse(self, gathered: list[tuple[Piece, TokenRun]]) -> NoReturn:
         tokens = self._tokens.reshape(-1)
         bad = int(np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0))[0])
-        place, run, position = max(piece for piece in pieces if piece[0] <= bad)
+        (place, position, _), run = max((g for g in gathered if g[0][0] <= bad), key=itemgetter(0))
         raise UserError(
             f"{run.name_at(position + bad - place)}: token id {tokens[bad]} is not in the vocabulary "
             f"of {self.vocab_size} tokens: the shard was made with another tokenizer, or is damaged"

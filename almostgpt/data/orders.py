@@ -1,9 +1,9 @@
 """In which order a set's tokens come: the samplings, each a function from row numbers to pieces.
 
 A row is ``block_size + 1`` tokens: what a batch has as ids and, shifted by one, as targets. Rows are
-numbered from 0 on without end. Row g is a list of pieces (position in the run, length) that is a
-function of (tokens, settings, seed, g) alone: so whoever takes the rows, in batches of whatever size
-and on however many machines, the order of them all is the same, and a number is the whole state.
+numbered from 0 on without end. Row g consists of pieces of the run, which are a function of (tokens,
+settings, seed, g) alone: so whoever takes the rows, in batches of whatever size and on however many
+machines, the order of them all is the same, and a number is the whole state.
 
     random       windows that begin at any token, drawn with replacement
     sequential   window after window, round and round
@@ -14,15 +14,15 @@ and on however many machines, the order of them all is the same, and a number is
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 
 from almostgpt.data.permutation import BLOCK, BlockwisePermutation
 from almostgpt.data.progress import progress_bar
-from almostgpt.data.shards import TokenRun
+from almostgpt.data.shards import Piece, TokenRun
 from almostgpt.errors import UserError
 
-Pieces = list[tuple[int, int]]  # (position, length): tokens position .. position + length - 1
 BAR_FROM_TOKENS = 1 << 30  # about two seconds of looking for documents
 
 
@@ -56,8 +56,8 @@ class Order:
         self.seed, self.stream, self.drawn_together = seed, stream, drawn_together
         self._set_up()
 
-    def rows(self, numbers: np.ndarray) -> list[Pieces]:
-        """The pieces of the rows ``numbers``: int64 (n,), ascending; rows may be left out."""
+    def pieces(self, numbers: Sequence[int], places: Sequence[int]) -> list[Piece]:
+        """What rows consist of: those with ``numbers``, ascending, each to go to one of ``places``."""
         raise NotImplementedError
 
     def _set_up(self) -> None:
@@ -83,23 +83,23 @@ class WindowsInShards(Order):
     stride: int
 
     def _set_up(self) -> None:
-        lengths = np.array(self.run.lengths, np.int64)
         # A window at s reads the tokens s .. s + block_size: the last one is only a target.
-        in_shard = np.maximum(0, (lengths - 1 - self.block_size) // self.stride + 1)
-        self._first = np.cumsum([0, *in_shard])  # number of a shard's first window
-        self._starts = np.cumsum([0, *lengths])  # position of a shard's first token
-        self.windows = int(self._first[-1])
+        lengths = self.run.lengths
+        in_shard = [max(0, (n - 1 - self.block_size) // self.stride + 1) for n in lengths]
+        self._first = np.cumsum([0, *in_shard]).tolist()  # number of a shard's first window
+        self.windows = self._first[-1]
         if not self.windows:
-            longest = max(lengths.tolist(), default=0)
-            raise self._too_small(f"its longest shard has {longest} tokens")
+            raise self._too_small(f"its longest shard has {max(lengths, default=0)} tokens")
 
-    def rows(self, numbers: np.ndarray) -> list[Pieces]:
-        windows = self._windows(numbers)
-        shards = np.searchsorted(self._first, windows, side="right") - 1
-        positions = self._starts[shards] + (windows - self._first[shards]) * self.stride
-        return [[(position, self.block_size + 1)] for position in positions.tolist()]
+    def pieces(self, numbers: Sequence[int], places: Sequence[int]) -> list[Piece]:
+        pieces = []
+        for place, window in zip(places, self._windows(numbers), strict=True):
+            shard = bisect_right(self._first, window) - 1
+            position = self.run.starts[shard] + (window - self._first[shard]) * self.stride
+            pieces.append((place, position, self.block_size + 1))
+        return pieces
 
-    def _windows(self, numbers: np.ndarray) -> np.ndarray:
+    def _windows(self, numbers: Sequence[int]) -> list[int]:
         """Which window each row is."""
         raise NotImplementedError
 
@@ -109,19 +109,21 @@ class RandomWindows(WindowsInShards):
 
     stride = 1
 
-    def _windows(self, numbers: np.ndarray) -> np.ndarray:
+    def _windows(self, numbers: Sequence[int]) -> list[int]:
+        windows, drawn, words = [], -1, []
+        for number in numbers:
+            draw, word = divmod(number, self.drawn_together)
+            if draw != drawn:
+                drawn, words = draw, self._draw(draw)
+            windows.append((words[word] * self.windows) >> 64)
+        return windows
+
+    def _draw(self, draw: int) -> list[int]:
         # Philox is a function of (key, counter): no draw depends on another, and its raw output
         # never changes, unlike the numbers that a numpy Generator derives from it.
-        draws, words = np.divmod(numbers, self.drawn_together)
-        windows = []
-        for draw in range(int(draws[0]), int(draws[-1]) + 1):
-            counter = (self.stream << 192) + (draw << 64)
-            wanted = words[draws == draw].tolist()
-            if wanted:
-                philox = np.random.Philox(key=self.seed, counter=counter)
-                raw = philox.random_raw(wanted[-1] + 1).tolist()
-                windows += [(raw[word] * self.windows) >> 64 for word in wanted]
-        return np.array(windows, np.int64)
+        counter = (self.stream << 192) + (draw << 64)
+        philox = np.random.Philox(key=self.seed, counter=counter)
+        return philox.random_raw(self.drawn_together).tolist()
 
 
 class SequentialWindows(WindowsInShards):
@@ -131,8 +133,8 @@ class SequentialWindows(WindowsInShards):
     def stride(self) -> int:
         return self.block_size
 
-    def _windows(self, numbers: np.ndarray) -> np.ndarray:
-        return numbers % self.windows
+    def _windows(self, numbers: Sequence[int]) -> list[int]:
+        return [number % self.windows for number in numbers]
 
 
 class ShuffledWindows(Order):
@@ -149,20 +151,21 @@ class ShuffledWindows(Order):
         self.windows = self._first_of(1)
         self._epoch = -1
 
-    def rows(self, numbers: np.ndarray) -> list[Pieces]:
-        return [self._row(number) for number in numbers.tolist()]
-
-    def _row(self, number: int) -> Pieces:
-        tokens = len(self.run)
-        epoch = number * self.block_size // tokens
-        if epoch != self._epoch:
-            self._epoch, self._start = epoch, self._first_of(epoch)
-            self._shuffle = self._permutation(self._first_of(epoch + 1) - self._start, epoch)
-        window = self._start + self._shuffle.at(number - self._start)
-        position, left = window * self.block_size % tokens, self.block_size + 1
-        # After the last token comes the first one, where another document begins: a new piece.
-        first = min(left, tokens - position)
-        return [(position, first), (0, left - first)] if first < left else [(position, left)]
+    def pieces(self, numbers: Sequence[int], places: Sequence[int]) -> list[Piece]:
+        pieces, tokens, length = [], len(self.run), self.block_size + 1
+        for number, place in zip(numbers, places, strict=True):
+            epoch = number * self.block_size // tokens
+            if epoch != self._epoch:
+                self._epoch, self._start = epoch, self._first_of(epoch)
+                self._shuffle = self._permutation(self._first_of(epoch + 1) - self._start, epoch)
+            window = self._start + self._shuffle.at(number - self._start)
+            position = window * self.block_size % tokens
+            if position + length <= tokens:
+                pieces.append((place, position, length))
+            else:  # after the last token comes the first one, where another document begins
+                head = tokens - position
+                pieces += [(place, position, head), (place + head, 0, length - head)]
+        return pieces
 
     def _first_of(self, epoch: int) -> int:
         """Number of an epoch's first window."""
@@ -187,43 +190,51 @@ class ShuffledDocuments(Order):
         with progress_bar("finding documents", len(self.run), show) as advance:
             found = self.run.find(self.end_of_text, advance)
         starts = found if len(found) and found[0] == 0 else np.concatenate([[0], found])
-        self._positions = starts
+        self._starts = starts
         self._lengths = np.diff(starts, append=len(self.run))
         self.windows = len(starts)
         self._epoch = -1
 
-    def rows(self, numbers: np.ndarray) -> list[Pieces]:
-        return [self._row(number) for number in numbers.tolist()]
-
-    def _row(self, number: int) -> Pieces:
-        pieces: Pieces = []
-        place, left = number * self.block_size, self.block_size + 1
-        while left:
-            position, length = self._at(place)
-            pieces.append((position, min(length, left)))
-            place, left = place + length, left - pieces[-1][1]
+    def pieces(self, numbers: Sequence[int], places: Sequence[int]) -> list[Piece]:
+        pieces = []
+        for number, place in zip(numbers, places, strict=True):
+            epoch, offset = divmod(number * self.block_size, len(self.run))
+            end = place + self.block_size + 1
+            self._seek(epoch, offset)
+            document = bisect_right(self._offsets, offset) - 1  # of this block
+            within = offset - self._offsets[document]
+            while place < end:
+                if document == len(self._positions):  # on to the next block, or epoch
+                    self._load_next()
+                    document = 0
+                length = self._offsets[document + 1] - self._offsets[document] - within
+                length = min(length, end - place)
+                pieces.append((place, self._positions[document] + within, length))
+                place, document, within = place + length, document + 1, 0
         return pieces
 
-    def _at(self, place: int) -> tuple[int, int]:
-        """What lies at a place in the stream of all epochs: (position, tokens from there on)."""
-        epoch, place = divmod(place, len(self.run))
-        if epoch != self._epoch or place < self._offsets[0]:
-            self._epoch, self._shuffle = epoch, self._permutation(self.windows, epoch)
-            self._load(0, 0)
-        while place >= self._offsets[-1]:
-            self._load(self._block + BLOCK, self._offsets[-1])
-        number = bisect_right(self._offsets, place) - 1
-        document = self._documents[number]
-        within = place - self._offsets[number]
-        return int(self._positions[document]) + within, self._offsets[number + 1] - place
+    def _seek(self, epoch: int, offset: int) -> None:
+        """Loads the documents around an offset into an epoch."""
+        if epoch != self._epoch or offset < self._offsets[0]:
+            self._load(epoch, 0, 0)
+        while offset >= self._offsets[-1]:
+            self._load_next()
 
-    def _load(self, first: int, offset: int) -> None:
-        """The documents from the ``first`` of the epoch's order on, which lies at ``offset``."""
+    def _load_next(self) -> None:
+        following = self._block + BLOCK
+        if following < self.windows:
+            self._load(self._epoch, following, self._offsets[-1])
+        else:
+            self._load(self._epoch + 1, 0, 0)
+
+    def _load(self, epoch: int, first: int, offset: int) -> None:
+        """The documents from the ``first`` of an epoch's order on, which lies at ``offset`` in it."""
+        if epoch != self._epoch:
+            self._epoch, self._shuffle = epoch, self._permutation(self.windows, epoch)
         self._block = first
-        numbers = np.arange(first, min(first + BLOCK, self.windows))
-        documents = self._shuffle(numbers)
-        self._documents = documents.tolist()
-        self._offsets = (np.cumsum([0, *self._lengths[documents]]) + offset).tolist()
+        documents = self._shuffle(np.arange(first, min(first + BLOCK, self.windows)))
+        self._positions = self._starts[documents].tolist()
+        self._offsets = np.cumsum([offset, *self._lengths[documents]]).tolist()
 
 
 SAMPLINGS: dict[str, type[Order]] = {

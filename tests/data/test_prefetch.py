@@ -37,13 +37,22 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-@pytest.mark.parametrize("end_of_text", [None, 7])
-def test_batches_are_the_loaders(ahead, end_of_text):
-    alone = loader(end_of_text=end_of_text)
-    with Prefetcher(loader(end_of_text=end_of_text), CPU, ahead=ahead) as batches:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"end_of_text": 7},
+        {"sampling": "documents", "end_of_text": 7},
+        {"sampling": "shuffled", "rank": 1, "world_size": 2},
+    ],
+)
+def test_batches_are_the_loaders(ahead, options):
+    alone = loader(**options)
+    with Prefetcher(loader(**options), CPU, ahead=ahead) as batches:
         for _ in range(20):
             assert same(batches.next_batch(), alone.next_batch())
             assert len(threads()) == (1 if ahead else 0)
+            assert batches.state_dict() == alone.state_dict()
 
 
 def test_no_thread_on_a_cpu():

@@ -22,9 +22,10 @@ def by_hand(version: int, tokens: list[int], magic: int = 20240520, count: int |
 
 
 def read(run: TokenRun, position: int, count: int) -> list[int]:
-    target = np.empty(count, run.dtype)
-    run.read(position, memoryview(target))
-    return target.tolist()
+    room = np.zeros(count + 2, run.dtype)
+    run.read([(1, position, count)] if count else [], room)
+    assert room[0] == room[-1] == 0
+    return room[1:-1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,6 @@ def test_a_file_that_shrinks_is_named_and_kills_nobody(tmp_path, left):
     run, unread = TokenRun([Shard(file)]), TokenRun([Shard(file)])
     read(run, 0, 5)
     os.truncate(file, left)
-    run.recheck()
     for other in (run, unread):
         with pytest.raises(UserError, match=r"shrinking\.bin: .*(truncated|cannot be read)"):
             read(other, 9_000, 5)
@@ -227,5 +227,4 @@ def test_a_file_that_goes_before_it_is_read_is_named(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=r"going\.bin: .*No such file"):
         read(run, 0, 5)
-    opened.recheck()
     assert read(opened, 0, 3) == [0, 1, 2]  # it lives as long as it is mapped
