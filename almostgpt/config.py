@@ -28,13 +28,13 @@ class DataConfig:
     """Where the text comes from and how it becomes windows of tokens."""
 
     path: str | None = None  # a .txt file, a folder of text, or a prepared folder; wins over corpus
-    mixture: dict[str, float] | None = None  # paths and their weights: rows of several sets
     corpus: str = "stdlib"  # stdlib | shakespeare
     tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
     sampling: str = "random"  # random | sequential | shuffled windows | documents, shuffled
     documents: str = "ignore"  # packed: no token attends to another document | ignore: it may
+    mixture: dict[str, float] | None = None  # in place of path: several of them, and their weights
     shard_tokens: int = 100_000_000  # tokens in one shard file
 
 

@@ -8,7 +8,6 @@ number of the next row, and a resumed run sees exactly the rows of an uninterrup
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -163,22 +162,21 @@ class TokenLoader:
         np.copyto(targets.numpy(), tokens[:, 1:])
         cu_seqlens = None
         if self.packed:
-            borders = document_borders(
-                tokens, self.end_of_text, [piece[0] for piece, _ in gathered]
-            )
+            places = [piece[0] for pieces, _ in gathered for piece in pieces]
+            borders = document_borders(tokens, self.end_of_text, places)
             cu_seqlens = torch.from_numpy(borders)
             cu_seqlens = cu_seqlens.pin_memory() if pin_memory else cu_seqlens
         self.row += self.rows_at_once
         return Batch(ids, targets, cu_seqlens)
 
-    def _gather(self) -> list[tuple[Piece, TokenRun]]:
-        """Fills ``_tokens``; returns the pieces that are in it."""
+    def _gather(self) -> list[tuple[list[Piece], TokenRun]]:
+        """Fills ``_tokens``; returns the pieces that are in it, with the run that they are from."""
         room, length = self._tokens.reshape(-1), self.block_size + 1
         gathered = []
         for order, rows, numbers in self._rows():
             pieces = order.pieces(numbers, [row * length for row in rows])
             order.run.read(pieces, room)
-            gathered += [(piece, order.run) for piece in pieces]
+            gathered.append((pieces, order.run))
         return gathered
 
     def _rows(self) -> Iterator[tuple[Order, Sequence[int], Sequence[int]]]:
@@ -193,10 +191,11 @@ class TokenLoader:
             rows = np.flatnonzero(sets == number)
             yield order, rows.tolist(), numbers[rows].tolist()
 
-    def _refuse(self, gathered: list[tuple[Piece, TokenRun]]) -> NoReturn:
+    def _refuse(self, gathered: list[tuple[list[Piece], TokenRun]]) -> NoReturn:
         tokens = self._tokens.reshape(-1)
         bad = int(np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0))[0])
-        (place, position, _), run = max((g for g in gathered if g[0][0] <= bad), key=itemgetter(0))
+        each = [(piece, run) for pieces, run in gathered for piece in pieces]
+        (place, position, _), run = next(e for e in each if e[0][0] <= bad < e[0][0] + e[0][2])
         raise UserError(
             f"{run.name_at(position + bad - place)}: token id {tokens[bad]} is not in the vocabulary "
             f"of {self.vocab_size} tokens: the shard was made with another tokenizer, or is damaged"
