@@ -18,23 +18,25 @@ from almostgpt.errors import UserError
 class Shares:
     """Which set each row belongs to: spread evenly, so that the proportions hold everywhere.
 
-    Of the first g rows the first set has ⌊g·w + ½⌋ with w its share of all weights; of the others'
-    rows the second set has as many by its share of their weights, and so on. So every stretch of rows
-    holds what it should but for a row or two, however long the run; in the long run the proportions
-    are exact. Weights count as they are written: 0.7 is 7/10.
+    Of the first g rows the set with the largest weight has ⌊g·w + ½⌋, w being its share of all
+    weights; of the others' rows the next largest has as many by its share of their weights, and so on.
+    So the first g rows hold what they should of each of k sets within ½ + (1 + ½ + … + 1/(k − 1))/2
+    rows, less than two for up to eleven sets, however large g is. Weights count as they are written:
+    0.7 is 7/10.
 
     Args:
         weights: positive numbers, one a set; only their proportions count.
     """
 
     def __init__(self, weights: Sequence[float]):
-        self.weights = list(weights)
         exact = [Fraction(str(weight)) for weight in weights]
-        # Products of row numbers in a batch and numerators must fit into int64.
-        self._shares = [
-            (weight / sum(exact[number:])).limit_denominator(1 << 40).as_integer_ratio()
-            for number, weight in enumerate(exact)
-        ]
+        descending = sorted(range(len(exact)), key=lambda number: -exact[number])
+        self._shares, left = [], sum(exact)
+        for number in descending:
+            # Products of row numbers in a batch and numerators must fit into int64.
+            share = (exact[number] / left).limit_denominator(1 << 40)
+            self._shares.append((number, *share.as_integer_ratio()))
+            left -= exact[number]
 
     def assign(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """For rows first .. first + count − 1: their sets, and their numbers among that set's rows.
@@ -43,7 +45,7 @@ class Shares:
         """
         sets, numbers = np.empty(count, np.int64), np.empty(count, np.int64)
         rows = np.arange(count)  # those that belong to no set yet; they count on from `first`
-        for number, (share, of) in enumerate(self._shares):
+        for number, share, of in self._shares:
             before, rest = divmod(first * share + of // 2, of)
             # How many of the rows are this set's: before each, and in the end before the next.
             taken = before + (rest + np.arange(len(rows) + 1) * share) // of
