@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +31,9 @@ class DataConfig:
     tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
-    sampling: str = "random"  # random | sequential windows
+    sampling: str = "random"  # random | sequential | shuffled windows | documents, shuffled
     documents: str = "ignore"  # packed: no token attends to another document | ignore: it may
+    mixture: dict[str, float] | None = None  # in place of path: several of them, and their weights
     shard_tokens: int = 100_000_000  # tokens in one shard file
 
 
@@ -160,12 +162,14 @@ def config_problems(
         "schedule.name": ("cosine", "wsd", "constant"),
         "optimizer.name": ("adamw", "muon"),
         "data.split": ("tail", "document"),
-        "data.sampling": ("random", "sequential"),
+        "data.sampling": ("random", "sequential", "shuffled", "documents"),
         "data.documents": ("ignore", "packed"),
     }
     for key, names in choices.items():
         if values[key] not in names:
             problems.append(f"{key} is {not_one_of(values[key], names)}")
+    if config.data.mixture is not None:
+        problems += _mixture_problems(config.data)
     if not 0 < config.data.val_fraction < 1:
         problems.append(f"data.val_fraction is {config.data.val_fraction}, but must be in (0, 1)")
     if not 0 < config.schedule.decay_fraction <= 1:
@@ -176,6 +180,18 @@ def config_problems(
         problems.append(f"optimizer.momentum is {momentum}, but must be in [0, 1)")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(f"optimizer.betas is {config.optimizer.betas}, but both must be in [0, 1)")
+    return problems
+
+
+def _mixture_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.path is not None:
+        problems.append("data.path does nothing beside data.mixture: add it to the mixture")
+    if not data.mixture:
+        problems.append("data.mixture is empty, but needs at least one path with a weight")
+    for path, weight in data.mixture.items():
+        if not 0 < weight < math.inf:
+            problems.append(f"data.mixture: the weight of {path} is {weight}, but must be above 0")
     return problems
 
 

@@ -69,6 +69,11 @@ def absolute_paths(config: Config) -> Config:
     data = config.data
     if data.path is not None:
         data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
+    if data.mixture is not None:
+        paths = {str(expand(path).absolute()): weight for path, weight in data.mixture.items()}
+        if len(paths) < len(data.mixture):
+            raise UserError("data.mixture names a path twice; give it one weight, the sum of both")
+        data = dataclasses.replace(data, mixture=paths)
     if Path(data.tokenizer).is_dir():
         data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).absolute()))
     init = config.init and str(expand(config.init).absolute())

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from almostgpt.data import dataset as prepared
 from almostgpt.data.corpora import Document, read_documents
 from almostgpt.data.dataset import Dataset, digest_of, is_prepared, open_dataset
 from almostgpt.data.loader import document_start
+from almostgpt.data.mixture import Mixture
 from almostgpt.data.progress import progress_bar, say
 from almostgpt.data.shards import MAX_TOKENS, write_shard
 from almostgpt.data.survey import Survey, place, survey_documents
@@ -60,6 +62,11 @@ def prepare(
     stderr. Raises ``UserError`` for text that cannot be read or encoded, for a folder that is in
     use and for a full disk, and then leaves nothing behind.
     """
+    if data.mixture is not None:
+        raise UserError(
+            "data.mixture is for training: prepare each set by itself, then mix them with "
+            "almostgpt train --data.mixture"
+        )
     out, cache = expand(out), cache or cache_folder()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another folder or delete it first")
@@ -74,10 +81,11 @@ def cached_dataset(
     progress: bool = True,
     *,
     tokenizer: Tokenizer | None = None,
-) -> Dataset:
+) -> Dataset | Mixture:
     """The data of a configuration, ready to train on; prepared in the cache the first time.
 
-    A prepared folder in ``data.path`` is opened as it is, with its own tokenizer. Otherwise the
+    A prepared folder in ``data.path`` is opened as it is, with its own tokenizer, and so is each of a
+    ``data.mixture``. Otherwise the
     cache is keyed by the content of the text, the tokenizer and the split options.
 
     Args:
@@ -86,6 +94,10 @@ def cached_dataset(
     Raises:
         UserError: no data, or it is prepared with another tokenizer than the model's.
     """
+    if data.mixture is not None:
+        parts = [replace(data, path=path, mixture=None) for path in data.mixture]
+        sets = [cached_dataset(part, cache, progress, tokenizer=tokenizer) for part in parts]
+        return Mixture.of(sets, list(data.mixture.values()))
     if data.path is not None and is_prepared(expand(data.path)):
         dataset = open_dataset(data.path, tokenizer or data.tokenizer, progress=progress)
         if tokenizer is not None:
@@ -98,7 +110,9 @@ def cached_dataset(
     survey = survey_documents(data, cache)
     if tokenizer is None:
         tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
-    document_start(data.documents, tokenizer)  # refused now, rather than when all is prepared
+    document_start(
+        data.documents, tokenizer, data.sampling
+    )  # refused now, rather than when all is prepared
     folder = cache / "datasets" / _options(data, survey, tokenizer)["fingerprint"][:32]
     if (folder / prepared.FILE_NAME).is_file():
         return open_dataset(folder, progress=progress)
