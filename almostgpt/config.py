@@ -26,8 +26,12 @@ FORMER_SWITCHES = {"model.gradient_checkpointing": ("none", "full")}
 class DataConfig:
     """Where the text comes from and how it becomes windows of tokens."""
 
-    path: str | None = None  # a .txt file, a folder of text, or a prepared folder; wins over corpus
-    corpus: str = "stdlib"  # stdlib | shakespeare
+    path: str | None = None  # file, folder, 'pattern/**/*.jsonl.zst', hf://OWNER/NAME; or prepared
+    corpus: str = "stdlib"  # what the text is and how it is cleaned: a name in CORPORA, or text
+    column: str | None = None  # of a table: the one with the text; null: what the corpus calls it
+    min_length: int = 0  # characters; documents with fewer are dropped
+    deduplicate: bool = False  # drop documents whose text was there before
+    normalize: str = "none"  # none | NFC | NFKC: the form of Unicode
     tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
@@ -151,6 +155,7 @@ def config_problems(
         "optimizer.weight_decay": 0,
         "optimizer.clip": 0,
         "data.shard_tokens": 1,
+        "data.min_length": 0,
         "seed": 0,
     }
     for key, minimum in lowest.items():
@@ -164,6 +169,7 @@ def config_problems(
         "data.split": ("tail", "document"),
         "data.sampling": ("random", "sequential", "shuffled", "documents"),
         "data.documents": ("ignore", "packed"),
+        "data.normalize": ("none", "NFC", "NFKC"),
     }
     for key, names in choices.items():
         if values[key] not in names:

@@ -67,7 +67,7 @@ def checked(config: Config) -> Config:
 def absolute_paths(config: Config) -> Config:
     """So that the run can be continued from another folder."""
     data = config.data
-    if data.path is not None:
+    if data.path is not None and not data.path.startswith("hf://"):
         data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
     if data.mixture is not None:
         paths = {str(expand(path).absolute()): weight for path, weight in data.mixture.items()}
