@@ -17,6 +17,7 @@ from pathlib import Path
 
 from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import read_settings
+from almostgpt.errors import UserError
 from almostgpt.files import expand
 from almostgpt.model.gpt import PARTS
 from almostgpt.training.initial import (
