@@ -29,7 +29,7 @@ from almostgpt.data.mixture import Mixture
 from almostgpt.data.progress import say
 from almostgpt.data.shards import MAX_TOKENS
 from almostgpt.data.survey import Survey, dropped_in_words, survey_documents, task_of
-from almostgpt.data.token_runs import TokenRun
+from almostgpt.data.token_runs import RunWriter
 from almostgpt.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from almostgpt.data.tokenizer import (
     TOKENIZERS,
@@ -379,7 +379,7 @@ def _options(data: DataConfig, survey: Survey, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def _cut_tail(run: TokenRun, val_fraction: float) -> dict[str, TokenRun]:
+def _cut_tail(run: RunWriter, val_fraction: float) -> dict[str, RunWriter]:
     """Makes the shards of both splits from those of the whole run.
 
     The shards before the cut only change their names. May be done again after a kill at any moment:
@@ -388,7 +388,7 @@ def _cut_tail(run: TokenRun, val_fraction: float) -> dict[str, TokenRun]:
     # As nanoGPT cuts it: the first int(n * 0.9) of n tokens train.
     tail = int(run.tokens * (1 - val_fraction))
     train, val = (
-        TokenRun(run.folder, split, run.shard_tokens, run.dtype) for split in prepared.SPLITS
+        RunWriter(run.folder, split, run.shard_tokens, run.dtype) for split in prepared.SPLITS
     )
     whole = tail // run.shard_tokens
     for number in range(whole):
