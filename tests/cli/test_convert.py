@@ -156,7 +156,7 @@ def test_what_cannot_be(theirs, tmp_path, capsys):
         (["--from", source, "--to", "a", "--precision", "fp8"], "--precision is 'fp8'"),
         (["--from", source, "--to", "a", "--revision", "x"], "a revision is for an id"),
         (["--from", source, "--to", source], "already exists"),
-        (["--from", source, "--to-hf", "a"], "no checkpoint in it"),
+        (["--from", source, "--to-hf", "a"], "a model of Hugging Face; make a checkpoint"),
         (["--from", source, "--to-hf", "a", "--block-size", "8"], "are for --to"),
         (["--from", "./nowhere", "--to", "a"], "no such folder"),
     ):
