@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from almostgpt.config_model import GPTConfig, model_problems, resolve_model
+from almostgpt.config_model import MAX_INT, GPTConfig, model_problems, resolve_model
 from almostgpt.errors import UserError, not_one_of
 
 MAX_SEED = 2**64 - 1  # of torch's generators
-MAX_INT = 2**31 - 1  # of every other whole number: they count what must fit into a machine
 
 # Settings that were switches once, and what false and true of an older file mean now.
 FORMER_SWITCHES = {"model.gradient_checkpointing": ("none", "full")}
@@ -105,13 +104,14 @@ class Config:
 # ---------------------------------------------------------------- derived values and checks
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, parts: Mapping[str, Collection[str]] | None = None) -> Config:
     """Fills every derived value and checks the whole tree; raises one ``UserError`` for all problems.
 
     ``model.vocab_size`` stays ``None`` until the tokenizer is known. Pure: reads nothing but its
-    argument, so that a stored configuration means the same on every machine.
+    argument, so that a stored configuration means the same on every machine. ``parts`` as of
+    ``model_problems``.
     """
-    problems = config_problems(config)
+    problems = config_problems(config, parts)
     if problems:
         raise UserError("the configuration cannot work:\n" + "\n".join(f"  {p}" for p in problems))
     schedule = dataclasses.replace(
@@ -122,14 +122,16 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, model=resolve_model(config.model), schedule=schedule)
 
 
-def config_problems(config: Config) -> list[str]:
-    """What is impossible about a configuration, each as ``section.key: reason``."""
+def config_problems(
+    config: Config, parts: Mapping[str, Collection[str]] | None = None
+) -> list[str]:
+    """What is impossible about a configuration, each as ``section.key: reason``; ``parts`` likewise."""
     values = flatten(config)
     for key, value in values.items():
         limit = MAX_SEED if key == "seed" else MAX_INT
         if isinstance(value, int) and value > limit:
             return [f"{key} is {value}, but must be at most {limit}"]
-    problems = model_problems(config.model)
+    problems = model_problems(config.model, parts)
     lowest = {
         "training.steps": 1,
         "training.batch_size": 1,

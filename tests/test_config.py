@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from almostgpt.config import Config, GPTConfig, flatten, overlay, resolve
+from almostgpt.config import Config, GPTConfig, flatten, overlay, resolve, resolve_model
 from almostgpt.config_file import PRESETS, coerce, load_config, to_yaml
 from almostgpt.errors import UserError
+from almostgpt.model.gpt import PARTS
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -151,6 +152,8 @@ def test_resolve_fills_what_is_derived():
         ("model.gradient_checkpointing", True),
         ("model.gradient_checkpointing", "some"),
         ("model.mlp_ratio", float("inf")),
+        ("model.mlp_ratio", 1e30),
+        ("model.mlp_ratio", 1e308),  # times the width it is infinite
         ("model.block_size", 2**31),
         ("seed", 2**64),
     ],
@@ -158,6 +161,20 @@ def test_resolve_fills_what_is_derived():
 def test_impossible_values_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         resolve(overlay(Config(), {key: value}))
+
+
+def test_a_misspelt_part_is_named_with_everything_else_and_its_settings_are_not_blamed():
+    wrong = {"model.attention": "sliding", "model.attention_window": 5, "model.dropout": 1.5}
+    with pytest.raises(UserError, match="did you mean sliding_window") as error:
+        resolve(overlay(Config(), {**wrong, "training.steps": 0}), PARTS)
+    assert "model.dropout" in str(error.value) and "training.steps" in str(error.value)
+    assert "attention_window is" not in str(error.value)
+
+
+def test_a_hidden_width_is_never_zero():
+    small = GPTConfig(n_embd=8, mlp_ratio=0.01, vocab_size=3)
+    for kind in ("gelu", "swiglu", "moe"):
+        assert resolve_model(dataclasses.replace(small, feedforward=kind)).mlp_hidden >= 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import read_settings
 from almostgpt.errors import UserError
 from almostgpt.files import expand
-from almostgpt.model.gpt import part_problems
+from almostgpt.model.gpt import PARTS
 from almostgpt.training.initial import (
     Initial,
     begin_with,
@@ -62,10 +62,7 @@ class Beginning:
 
 def checked(config: Config) -> Config:
     """Resolved, with parts that exist."""
-    config = resolve(config)
-    if problems := part_problems(config.model):
-        raise UserError("\n".join(problems))
-    return config
+    return resolve(config, PARTS)
 
 
 def absolute_paths(config: Config) -> Config:

@@ -19,8 +19,8 @@ from almostgpt.data.huggingface import (
     TOKENIZER_JSON,
     HuggingFaceTokenizer,
     byte_level,
-    character_of_byte,
 )
+from almostgpt.data.token_bytes import character_of_byte
 from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from almostgpt.data.tokenizer_base import END_OF_TEXT, Tokenizer
 from almostgpt.errors import UserError
