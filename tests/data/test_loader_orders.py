@@ -125,7 +125,7 @@ def test_many_documents_go_beyond_a_block_of_the_order():
     batches = loader([text], **options)
     ids, _ = rows(batches, 2000)
     assert sorted(ids[:1000].reshape(-1, 3)[:, 1].tolist()) == list(range(10, 10_010))
-    for row in (990, 10, 1990):
+    for row in (990, 500, 10, 1990):
         resumed = loader([text], **options)
         for again in (resumed, batches):
             again.load_state_dict(batches.state_dict() | {"row": row})

@@ -104,6 +104,12 @@ def test_the_vocabulary_of_a_mixture_is_known_without_opening_it(sets):
     assert vocabulary(overlay(Config(), {"data.mixture": mixture})) == (257, [])
 
 
+def test_a_path_given_twice_is_refused(sets, capsys):
+    one = sets["one"]
+    assert train("run", **{"data.mixture": f"{one}=1,{one.parent}/./one=2"}) == 2
+    assert "names a path twice" in capsys.readouterr().err
+
+
 def test_documents_need_an_end_of_text_token_and_begin_no_run(sets, capsys):
     text = sets["one"].with_name("one-text")
     changes = {"data.path": text, "data.tokenizer": "char", "data.sampling": "documents"}
