@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +26,18 @@ FORMER_SWITCHES = {"model.gradient_checkpointing": ("none", "full")}
 class DataConfig:
     """Where the text comes from and how it becomes windows of tokens."""
 
-    path: str | None = None  # a .txt file, a folder of text, or a prepared folder; wins over corpus
-    corpus: str = "stdlib"  # stdlib | shakespeare
+    path: str | None = None  # file, folder, 'pattern/**/*.jsonl.zst', hf://OWNER/NAME; or prepared
+    corpus: str = "stdlib"  # what the text is and how it is cleaned: a name in CORPORA, or text
+    column: str | None = None  # of a table: the one with the text; null: what the corpus calls it
+    min_length: int = 0  # characters; documents with fewer are dropped
+    deduplicate: bool = False  # drop documents whose text was there before
+    normalize: str = "none"  # none | NFC | NFKC: the form of Unicode
     tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
-    sampling: str = "random"  # random | sequential windows
+    sampling: str = "random"  # random | sequential | shuffled windows | documents, shuffled
     documents: str = "ignore"  # packed: no token attends to another document | ignore: it may
+    mixture: dict[str, float] | None = None  # in place of path: several of them, and their weights
     shard_tokens: int = 100_000_000  # tokens in one shard file
 
 
@@ -149,6 +155,7 @@ def config_problems(
         "optimizer.weight_decay": 0,
         "optimizer.clip": 0,
         "data.shard_tokens": 1,
+        "data.min_length": 0,
         "seed": 0,
     }
     for key, minimum in lowest.items():
@@ -160,12 +167,15 @@ def config_problems(
         "schedule.name": ("cosine", "wsd", "constant"),
         "optimizer.name": ("adamw", "muon"),
         "data.split": ("tail", "document"),
-        "data.sampling": ("random", "sequential"),
+        "data.sampling": ("random", "sequential", "shuffled", "documents"),
         "data.documents": ("ignore", "packed"),
+        "data.normalize": ("none", "NFC", "NFKC"),
     }
     for key, names in choices.items():
         if values[key] not in names:
             problems.append(f"{key} is {not_one_of(values[key], names)}")
+    if config.data.mixture is not None:
+        problems += _mixture_problems(config.data)
     if not 0 < config.data.val_fraction < 1:
         problems.append(f"data.val_fraction is {config.data.val_fraction}, but must be in (0, 1)")
     if not 0 < config.schedule.decay_fraction <= 1:
@@ -176,6 +186,18 @@ def config_problems(
         problems.append(f"optimizer.momentum is {momentum}, but must be in [0, 1)")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(f"optimizer.betas is {config.optimizer.betas}, but both must be in [0, 1)")
+    return problems
+
+
+def _mixture_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.path is not None:
+        problems.append("data.path does nothing beside data.mixture: add it to the mixture")
+    if not data.mixture:
+        problems.append("data.mixture is empty, but needs at least one path with a weight")
+    for path, weight in data.mixture.items():
+        if not 0 < weight < math.inf:
+            problems.append(f"data.mixture: the weight of {path} is {weight}, but must be above 0")
     return problems
 
 

@@ -140,6 +140,10 @@ def test_resolve_fills_what_is_derived():
         ("optimizer.lr", float("nan")),
         ("data.val_fraction", 1.0),
         ("data.documents", "pack"),
+        ("data.sampling", "shufled"),
+        ("data.mixture", {}),
+        ("data.mixture", {"one": 1.0, "two": 0.0}),
+        ("data.mixture", {"one": float("inf")}),
         ("schedule.name", "cosin"),
         ("schedule.decay_fraction", 0.0),
         ("schedule.decay_fraction", 1.1),
@@ -171,6 +175,28 @@ def test_a_hidden_width_is_never_zero():
     small = GPTConfig(n_embd=8, mlp_ratio=0.01, vocab_size=3)
     for kind in ("gelu", "swiglu", "moe"):
         assert resolve_model(dataclasses.replace(small, feedforward=kind)).mlp_hidden >= 1
+
+
+@pytest.mark.parametrize(
+    "written", ["{wiki: 0.7, ../a=b: 3e-1}", '"wiki=0.7, ../a=b=3e-1"', "wiki=0.7,../a=b=3e-1"]
+)
+def test_a_mixture_is_a_mapping_or_a_word(tmp_path, written):
+    config = load_config(write(tmp_path, f"data:\n  mixture: {written}\n"))
+    assert config.data.mixture == {"wiki": 0.7, "../a=b": 0.3}
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "written", ["wiki", "=1", "[wiki, 1]", "{wiki: much}", "wiki=1=", "'a=1,a=2'"]
+)
+def test_what_is_no_mixture_is_refused(tmp_path, written):
+    with pytest.raises(UserError, match=r"mine.yaml: data\.mixture: (expected|'a' is given twice)"):
+        load_config(write(tmp_path, f"data:\n  mixture: {written}\n"))
+
+
+def test_a_path_beside_a_mixture_is_refused():
+    with pytest.raises(UserError, match=r"data\.path does nothing beside data\.mixture"):
+        resolve(overlay(Config(), {"data.path": "a", "data.mixture": {"b": 1.0}}))
 
 
 def test_vocabulary_padding():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import read_settings
+from almostgpt.errors import UserError
 from almostgpt.files import expand
 from almostgpt.model.gpt import PARTS
 from almostgpt.training.initial import (
@@ -67,8 +68,13 @@ def checked(config: Config) -> Config:
 def absolute_paths(config: Config) -> Config:
     """So that the run can be continued from another folder."""
     data = config.data
-    if data.path is not None:
+    if data.path is not None and not data.path.startswith("hf://"):
         data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
+    if data.mixture is not None:
+        paths = {str(expand(path).absolute()): weight for path, weight in data.mixture.items()}
+        if len(paths) < len(data.mixture):
+            raise UserError("data.mixture names a path twice; give it one weight, the sum of both")
+        data = dataclasses.replace(data, mixture=paths)
     if Path(data.tokenizer).is_dir():
         data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).absolute()))
     init = config.init and str(expand(config.init).absolute())

@@ -1,11 +1,12 @@
 """Documents -> tokens -> a prepared folder; and the cache that makes it happen only once.
 
-    survey   one pass over the text: how much there is, its hash, its alphabet
-    encode   a second pass: the tokens of each split run into one spool file
-    cut      the spools become shards of fixed size; dataset.json closes the folder
+    survey   a pass over the text where its alphabet or its hash is needed first
+    encode   the tokens, in shards of fixed size, in a working folder that a kill does not damage
+    cut      split by tail: the last part of the run becomes the shards of the validation split
+    finish   dataset.json closes the folder, which then takes its name
 
-All of it happens in a temporary folder that takes its name when it is complete, so a killed run
-leaves nothing that looks finished. The result depends on the text and the options alone.
+The result depends on the text and the options alone: not on the number of workers, nor on how often
+the work was interrupted.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from almostgpt.config import DataConfig
 from almostgpt.data import dataset as prepared
-from almostgpt.data.corpora import Document, read_documents
+from almostgpt.data.corpora import Source, open_source
 from almostgpt.data.dataset import Dataset, digest_of, is_prepared, open_dataset
+from almostgpt.data.encoding import SourceChanged, encode_source
+from almostgpt.data.journal import JOURNAL, Journal, occupied
 from almostgpt.data.loader import document_start
-from almostgpt.data.progress import progress_bar, say
-from almostgpt.data.shards import MAX_TOKENS, write_shard
-from almostgpt.data.survey import Survey, place, survey_documents
+from almostgpt.data.mixture import Mixture
+from almostgpt.data.progress import say
+from almostgpt.data.shards import MAX_TOKENS
+from almostgpt.data.survey import Survey, dropped_in_words, survey_documents, task_of
+from almostgpt.data.token_runs import RunWriter
+from almostgpt.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from almostgpt.data.tokenizer import (
     TOKENIZERS,
     CharTokenizer,
@@ -35,15 +38,9 @@ from almostgpt.data.tokenizer import (
     build_tokenizer,
     load_tokenizer,
 )
+from almostgpt.data.workers import workers_for
 from almostgpt.errors import UserError
-from almostgpt.files import (
-    expand,
-    fsync_folder,
-    replacing,
-    sha256_of,
-    temporaries_beside,
-    temporary_beside,
-)
+from almostgpt.files import expand, fsync_folder, replacing, sha256_of
 
 
 def cache_folder() -> Path:
@@ -52,20 +49,41 @@ def cache_folder() -> Path:
 
 
 def prepare(
-    data: DataConfig, out: str | Path, *, cache: Path | None = None, progress: bool = True
+    data: DataConfig,
+    out: str | Path,
+    *,
+    cache: Path | None = None,
+    progress: bool = True,
+    workers: int | None = None,
 ) -> Dataset:
     """Prepares the text of ``data`` into the new folder ``out`` and opens it.
 
-    ``cache`` (default :func:`~almostgpt.data.prepare.cache_folder`) keeps downloads; progress goes to
-    stderr. Raises ``UserError`` for text that cannot be read or encoded, for a folder that is in
-    use and for a full disk, and then leaves nothing behind.
+    The work goes on where an earlier call for the same folder, of the same settings, stopped.
+
+    Args:
+        cache: keeps downloads; default :func:`~almostgpt.data.prepare.cache_folder`.
+        progress: whether stderr hears of it.
+        workers: processes; by default as many as the machine has cores, fewer for small text.
+
+    Raises:
+        UserError: text that cannot be read or encoded, by file and row; a folder in use; a full disk.
+            What was finished before it is kept in ``.NAME.unfinished`` beside ``out``.
     """
+    if data.mixture is not None:
+        raise UserError(
+            "data.mixture is for training: prepare each set by itself, then mix them with "
+            "almostgpt train --data.mixture"
+        )
     out, cache = expand(out), cache or cache_folder()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another folder or delete it first")
-    survey = survey_documents(data, cache)
-    tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
-    return _prepare(data, survey, tokenizer, out, cache, progress)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}, but must be at least 1")
+    survey = None
+    if data.tokenizer == CharTokenizer.name:
+        survey = survey_documents(data, cache, workers, progress)
+    tokenizer = build_tokenizer(data.tokenizer, [] if survey is None else [survey.alphabet])
+    return _Preparation(data, tokenizer, survey, out, cache, workers, progress).run(shared=False)
 
 
 def cached_dataset(
@@ -74,19 +92,30 @@ def cached_dataset(
     progress: bool = True,
     *,
     tokenizer: Tokenizer | None = None,
-) -> Dataset:
+    workers: int | None = None,
+) -> Dataset | Mixture:
     """The data of a configuration, ready to train on; prepared in the cache the first time.
 
-    A prepared folder in ``data.path`` is opened as it is, with its own tokenizer. Otherwise the
+    A prepared folder in ``data.path`` is opened as it is, with its own tokenizer, and so is each of a
+    ``data.mixture``. Otherwise the
     cache is keyed by the content of the text, the tokenizer and the split options.
 
     Args:
         tokenizer: of a model that is there already, which takes the place of ``data.tokenizer``.
+        workers: processes, as in :func:`prepare`.
 
     Raises:
         UserError: no data, or it is prepared with another tokenizer than the model's.
     """
+    if data.mixture is not None:
+        parts = [replace(data, path=path, mixture=None) for path in data.mixture]
+        sets = [
+            cached_dataset(part, cache, progress, tokenizer=tokenizer, workers=workers)
+            for part in parts
+        ]
+        return Mixture.of(sets, list(data.mixture.values()))
     if data.path is not None and is_prepared(expand(data.path)):
+        _refuse_reading_options(data)
         dataset = open_dataset(data.path, tokenizer or data.tokenizer, progress=progress)
         if tokenizer is not None:
             _check_prepared_for(tokenizer, dataset)
@@ -95,14 +124,33 @@ def cached_dataset(
             say(f"{data.path}: made with the {own} tokenizer, not {data.tokenizer}", progress)
         return dataset
     cache = cache or cache_folder()
-    survey = survey_documents(data, cache)
+    survey = survey_documents(data, cache, workers, progress)
     if tokenizer is None:
         tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
-    document_start(data.documents, tokenizer)  # refused now, rather than when all is prepared
+    document_start(
+        data.documents, tokenizer, data.sampling
+    )  # refused now, rather than when all is prepared
     folder = cache / "datasets" / _options(data, survey, tokenizer)["fingerprint"][:32]
     if (folder / prepared.FILE_NAME).is_file():
         return open_dataset(folder, progress=progress)
-    return _prepare(data, survey, tokenizer, folder, cache, progress)
+    return _Preparation(data, tokenizer, survey, folder, cache, workers, progress).run(shared=True)
+
+
+def dropped_from(folder: Path) -> dict[str, int]:
+    """How many documents a prepared folder left out, by the reason; older folders do not say."""
+    return json.loads((folder / prepared.FILE_NAME).read_bytes()).get("dropped", {})
+
+
+def _refuse_reading_options(data: DataConfig) -> None:
+    """They are of a text, and a prepared folder has none."""
+    plain = DataConfig()
+    names = ("column", "min_length", "deduplicate", "normalize")
+    given = [name for name in names if getattr(data, name) != getattr(plain, name)]
+    if given:
+        raise UserError(
+            f"{data.path}: already prepared, so data.{', data.'.join(given)} would do nothing; leave "
+            "them out, or give the text itself as data.path"
+        )
 
 
 def _names_another(name_or_folder: str, own: Tokenizer) -> bool:
@@ -124,54 +172,196 @@ def _check_prepared_for(models: Tokenizer, dataset: Dataset) -> None:
     )
 
 
-def _prepare(
-    data: DataConfig, survey: Survey, tokenizer: Tokenizer, out: Path, cache: Path, progress: bool
-) -> Dataset:
-    if data.shard_tokens > MAX_TOKENS:
-        raise UserError(f"data.shard_tokens is {data.shard_tokens}, but at most {MAX_TOKENS} fit")
-    options = _options(data, survey, tokenizer)
-    say(
-        f"preparing {data.path or data.corpus}: {survey.documents:,} documents, "
-        f"{survey.characters:,} characters, {tokenizer.name} tokenizer",
-        progress,
-    )
-    if out.is_dir() and any(out.iterdir()) and not (out / prepared.FILE_NAME).is_file():
-        raise UserError(
-            f"{out}: incomplete: its {prepared.FILE_NAME} is missing; delete the folder and try again"
-        )
-    temporary = temporary_beside(out)
-    try:
-        temporary.mkdir(parents=True)
-        with progress_bar("encoding", survey.characters, progress) as advance:
-            spools = _encode(data, survey, tokenizer, temporary, cache, advance)
-        shards = _cut(data, spools, tokenizer, temporary)
-        for spool in spools.values():
-            spool.unlink()
-        _write_manifest(_source(data, survey), options, shards, tokenizer, temporary)
-        os.rename(temporary, out)
-        fsync_folder(out.parent)
-    except OSError as error:
-        if not (out / prepared.FILE_NAME).is_file():  # else another process was first
+class _Preparation:
+    """One text on its way into one folder."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        survey: Survey | None,
+        out: Path,
+        cache: Path,
+        workers: int | None,
+        progress: bool,
+    ):
+        """``survey``: of a pass that was made already, None if the text was not read yet."""
+        if data.shard_tokens > MAX_TOKENS:
             raise UserError(
-                f"{out}: the data could not be prepared: {error.strerror or error} "
-                f"({error.filename or temporary}); nothing was left behind. Make room, or choose "
-                "another folder (ALMOSTGPT_CACHE sets the cache)"
+                f"data.shard_tokens is {data.shard_tokens}, but at most {MAX_TOKENS} fit"
+            )
+        self.data, self.tokenizer, self.survey, self.out = data, tokenizer, survey, out
+        self.source: Source = open_source(data, cache)
+        self.task = task_of(data, self.source, alphabet=False)
+        self.workers = workers or workers_for(self.source.size)
+        self.progress = progress
+
+    def run(self, *, shared: bool) -> Dataset:
+        """``shared``: other processes may want the same folder, and whose work it is is no matter."""
+        try:
+            with occupied(self.out, wait=shared, progress=self.progress) as folder:
+                if folder is not None:
+                    self._announce()
+                    try:
+                        self._make(folder, shared)
+                    except BaseException:
+                        self._leave(folder)
+                        raise
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: the data could not be prepared: {error.strerror or error} "
+                f"({error.filename or self.out}). Make room, or choose another folder "
+                "(ALMOSTGPT_CACHE sets the cache)"
             ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    # Now that the folder is there, others of its making are leftovers of killed processes, or the
-    # work of slower ones, which will find the folder as this one would have.
-    for leftover in temporaries_beside(out):
-        shutil.rmtree(leftover, ignore_errors=True)
-    dataset = open_dataset(out, progress=progress)
-    if dataset.fingerprint != options["fingerprint"]:
-        raise UserError(f"{out}: another process prepared other data here; choose another folder")
-    say(
-        f"prepared {out}: {dataset.train_tokens:,} tokens to train on, "
-        f"{dataset.val_tokens:,} to validate, vocabulary {dataset.vocab_size:,}",
-        progress,
-    )
-    return dataset
+        dataset = open_dataset(self.out, progress=self.progress)
+        if self.survey is not None:
+            wanted = _options(self.data, self.survey, self.tokenizer)["fingerprint"]
+            if dataset.fingerprint != wanted:
+                raise UserError(
+                    f"{self.out}: another process prepared other data here; choose another folder"
+                )
+        dropped = dropped_in_words(dropped_from(self.out))
+        say(
+            f"prepared {self.out}: {dataset.train_tokens:,} tokens to train on, "
+            f"{dataset.val_tokens:,} to validate, vocabulary {dataset.vocab_size:,}"
+            f"{f'; {dropped}' if dropped else ''}",
+            self.progress,
+        )
+        return dataset
+
+    def _announce(self) -> None:
+        size = f", {self.source.size / 1e6:,.1f} MB" if self.source.size is not None else ""
+        text = (
+            self.survey
+            and f"{self.survey.documents:,} documents, {self.survey.characters:,} characters"
+        )
+        say(
+            f"preparing {self.data.path or self.data.corpus}{size}: {f'{text}, ' if text else ''}"
+            f"{self.tokenizer.name} tokenizer, {self.workers} processes",
+            self.progress,
+        )
+
+    def _make(self, folder: Path, shared: bool) -> None:
+        """Everything, in ``folder``, which then takes its name."""
+        if not (folder / prepared.FILE_NAME).is_file():
+            journal = self._journal(folder, shared)
+            while True:
+                try:
+                    runs = encode_source(
+                        self.source,
+                        self.task,
+                        self.data,
+                        self.tokenizer,
+                        folder,
+                        journal,
+                        self.workers,
+                        self.progress,
+                    )
+                except SourceChanged:
+                    if not shared:
+                        raise
+                    journal = self._anew(folder, journal.val_limit)
+                    continue
+                limit = self._checked_limit(folder, journal.survey)
+                if limit == journal.val_limit:
+                    break
+                # So few documents that one side would be empty; what moves them was not known before.
+                journal = self._anew(folder, limit)
+            if self.data.split == "tail":
+                runs = _cut_tail(runs["all"], self.data.val_fraction)
+            entries = [
+                {"file": run.file(number).name, "split": split, **shard}
+                for split, run in runs.items()
+                for number, shard in enumerate(run.shards)
+            ]
+            survey = journal.survey
+            _write_manifest(
+                _source(self.data, self.source, survey),
+                _options(self.data, survey, self.tokenizer),
+                survey.dropped,
+                entries,
+                self.tokenizer,
+                folder,
+            )
+        self._publish(folder)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that shapes the tokens but the text itself, whose hash the journal keeps."""
+        data, vocabulary = self.data, {"kind": self.tokenizer.name, **self.tokenizer.settings()}
+        return {
+            "data.corpus": self.source.kind,
+            "data.column": data.column,
+            "data.min_length": data.min_length,
+            "data.deduplicate": data.deduplicate,
+            "data.normalize": data.normalize,
+            "data.split": data.split,
+            "data.val_fraction": data.val_fraction,
+            "data.shard_tokens": data.shard_tokens,
+            "data.tokenizer": digest_of(vocabulary),
+        }
+
+    def _journal(self, folder: Path, shared: bool) -> Journal:
+        """Of the work that is there already, or a new one."""
+        limit = None
+        if self.data.split == "document":
+            limit = self.data.val_fraction
+            if self.survey is not None:
+                limit = self.survey.val_limit(limit)
+        journal = Journal.read(folder)
+        if journal is None:
+            return self._anew(folder, limit)
+        wanted = self._settings()
+        other = [key for key in wanted if journal.settings.get(key) != wanted[key]]
+        if other and not shared:
+            raise UserError(
+                f"{self.out}: was begun with other settings ({', '.join(other)}); go on with those, "
+                f"choose another folder, or delete what there is: {folder}"
+            )
+        if other:
+            return self._anew(folder, limit)
+        done = sum(shard["tokens"] for run in journal.runs.values() for shard in run["shards"])
+        say(f"going on after {done:,} tokens in finished shards", self.progress)
+        return journal
+
+    def _anew(self, folder: Path, val_limit: float | None) -> Journal:
+        """An empty working folder, but for the tokenizer that the other processes load."""
+        for file in folder.iterdir():
+            file.unlink()
+        self.tokenizer.save(folder)
+        return Journal(self._settings(), val_limit=val_limit)
+
+    def _checked_limit(self, folder: Path, survey: Survey) -> float | None:
+        """Which places validate, now that all are known; ``UserError`` if the text is no good."""
+        try:
+            survey.check_not_empty(self.source.label)
+            if self.survey is not None and self.survey.sha256 != survey.sha256:
+                raise UserError(
+                    f"{self.source.label}: the text changed while it was read; try again"
+                )
+            if self.data.split == "document":
+                return survey.val_limit(self.data.val_fraction)
+            return None
+        except UserError:
+            (folder / JOURNAL).unlink()  # nothing of it is worth going on with
+            raise
+
+    def _publish(self, folder: Path) -> None:
+        """Clears away what is not of the dataset (of killed predecessors, too), and gives the name."""
+        manifest = json.loads((folder / prepared.FILE_NAME).read_bytes())
+        own = {prepared.FILE_NAME, TOKENIZER_FILE, *(entry["file"] for entry in manifest["shards"])}
+        for file in sorted(folder.iterdir()):
+            if file.name not in own:
+                file.unlink()
+        os.rename(folder, self.out)
+        fsync_folder(self.out.parent)
+
+    def _leave(self, folder: Path) -> None:
+        """After a failure: what is finished stays, a mere beginning does not."""
+        journal = Journal.read(folder)
+        if journal is None or not journal.batches:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            say(f"what is finished is kept in {folder}; the same command goes on", self.progress)
 
 
 def _options(data: DataConfig, survey: Survey, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -189,73 +379,47 @@ def _options(data: DataConfig, survey: Survey, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def _encode(
-    data: DataConfig,
-    survey: Survey,
-    tokenizer: Tokenizer,
-    folder: Path,
-    cache: Path,
-    advance: Callable[[int], object],
-) -> dict[str, Path]:
-    """Writes the tokens of each split to a spool file: raw ``tokenizer.dtype``, in document order.
+def _cut_tail(run: RunWriter, val_fraction: float) -> dict[str, RunWriter]:
+    """Makes the shards of both splits from those of the whole run.
 
-    The end-of-text token stands between documents. Split by tail there is one spool, ``all``:
-    where the tail begins is known at its end.
+    The shards before the cut only change their names. May be done again after a kill at any moment:
+    the others stay until the folder is closed.
     """
-    limit = survey.val_limit(data.val_fraction) if data.split == "document" else None
-    splits = ["all"] if limit is None else list(prepared.SPLITS)
-    spools = {split: folder / f"{split}.spool" for split in splits}
-    separator = b""
-    if tokenizer.end_of_text is not None:
-        separator = np.array([tokenizer.end_of_text], tokenizer.dtype).tobytes()
-    with ExitStack() as stack:
-        files = {split: stack.enter_context(open(spools[split], "wb")) for split in splits}
-        for document in read_documents(data, cache):
-            in_split = "all" if limit is None else ("train", "val")[place(document) < limit]
-            file = files[in_split]
-            if file.tell():
-                file.write(separator)
-            file.write(_tokens(document, tokenizer).tobytes())
-            advance(len(document.text))
-    return spools
+    # As nanoGPT cuts it: the first int(n * 0.9) of n tokens train.
+    tail = int(run.tokens * (1 - val_fraction))
+    train, val = (
+        RunWriter(run.folder, split, run.shard_tokens, run.dtype) for split in prepared.SPLITS
+    )
+    whole = tail // run.shard_tokens
+    for number in range(whole):
+        if run.file(number).exists():
+            os.replace(run.file(number), train.file(number))
+    train.shards = run.shards[:whole]
+    for split, start, end in ((train, train.tokens, tail), (val, tail, run.tokens)):
+        for tokens in run.read(start, end):
+            split.append(tokens)
+        split.finish()
+    return {"train": train, "val": val}
 
 
-def _tokens(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    begin = np.array(tokenizer.begin, tokenizer.dtype)
-    try:
-        return np.concatenate([begin, tokenizer.encode_array(document.text)])
-    except UserError as error:
-        raise UserError(f"{document.name}: {error}") from error
-
-
-def _cut(
-    data: DataConfig, spools: dict[str, Path], tokenizer: Tokenizer, folder: Path
-) -> list[dict[str, Any]]:
-    """Cuts the spools into shards and returns their entries for ``dataset.json``."""
-    runs = {split: np.memmap(spool, tokenizer.dtype, "r") for split, spool in spools.items()}
-    if "all" in runs:
-        tokens = runs["all"]
-        # As nanoGPT cuts it: the first int(n * 0.9) of n tokens train.
-        tail = int(len(tokens) * (1 - data.val_fraction))
-        runs = {"train": tokens[:tail], "val": tokens[tail:]}
-    entries = []
-    for split in prepared.SPLITS:
-        for number, start in enumerate(range(0, len(runs[split]), data.shard_tokens)):
-            tokens = runs[split][start : start + data.shard_tokens]
-            file = f"{split}_{number:06d}.bin"
-            digest = write_shard(folder / file, tokens)
-            entries.append({"file": file, "split": split, "tokens": len(tokens), "sha256": digest})
-    return entries
-
-
-def _source(data: DataConfig, survey: Survey) -> dict[str, Any]:
+def _source(data: DataConfig, source: Source, survey: Survey) -> dict[str, Any]:
     where = {"corpus": data.corpus} if data.path is None else {"path": data.path}
-    return {**where, "documents": survey.documents, "characters": survey.characters}
+    return {
+        **where,
+        "kind": source.kind,
+        "column": data.column,
+        "min_length": data.min_length,
+        "deduplicate": data.deduplicate,
+        "normalize": data.normalize,
+        "documents": survey.documents,
+        "characters": survey.characters,
+    }
 
 
 def _write_manifest(
     source: dict[str, Any],
     options: dict[str, Any],
+    dropped: dict[str, int],
     shards: list[dict[str, Any]],
     tokenizer: Tokenizer,
     folder: Path,
@@ -270,6 +434,7 @@ def _write_manifest(
         },
         "source": source,
         "options": options,
+        "dropped": dropped,
         "tokens": {
             split: sum(entry["tokens"] for entry in shards if entry["split"] == split)
             for split in prepared.SPLITS

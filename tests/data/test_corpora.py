@@ -9,8 +9,7 @@ from urllib.error import URLError
 import pytest
 
 from almostgpt.config import DataConfig
-from almostgpt.data import corpora
-from almostgpt.data.corpora import Document, read_documents
+from almostgpt.data.corpora import Document, read_documents, shakespeare, stdlib
 from almostgpt.errors import UserError
 
 
@@ -36,7 +35,7 @@ def test_stdlib_is_large_plain_and_in_order(tmp_path):
 
 
 def test_stdlib_without_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path / "python.zip"))
+    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(tmp_path / "python.zip"))
     with pytest.raises(UserError, match=r"(?s)python\.zip.*--data\.path"):
         read(tmp_path, corpus="stdlib")
 
@@ -58,8 +57,8 @@ def small_play(monkeypatch):
         calls.append(url)
         return io.BytesIO(content)
 
-    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(corpora, "urlopen", urlopen)
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(shakespeare, "urlopen", urlopen)
     return content, calls
 
 
@@ -67,8 +66,10 @@ def test_shakespeare_is_downloaded_once(small_play, tmp_path):
     content, calls = small_play
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
-        assert read(cache, corpus="shakespeare") == [("tinyshakespeare.txt", content.decode())]
-    assert calls == [corpora.SHAKESPEARE_URL]
+        assert read(cache, corpus="shakespeare") == [
+            Document("tinyshakespeare.txt", content.decode())
+        ]
+    assert calls == [shakespeare.URL]
     assert [file.name for file in cache.iterdir()] == ["tinyshakespeare.txt"]
 
 
@@ -80,7 +81,7 @@ def test_shakespeare_damaged_in_the_cache_is_fetched_again(small_play, tmp_path)
 
 
 def test_shakespeare_of_wrong_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "urlopen", lambda url, timeout: io.BytesIO(b"<html>log in"))
+    monkeypatch.setattr(shakespeare, "urlopen", lambda url, timeout: io.BytesIO(b"<html>log in"))
     with pytest.raises(UserError, match="SHA-256 differs"):
         read(tmp_path, corpus="shakespeare")
     assert list(tmp_path.iterdir()) == []
@@ -90,16 +91,16 @@ def test_shakespeare_offline(tmp_path, monkeypatch):
     def urlopen(url, timeout):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(corpora, "urlopen", urlopen)
+    monkeypatch.setattr(shakespeare, "urlopen", urlopen)
     with pytest.raises(UserError, match=r"--data\.path"):
         read(tmp_path, corpus="shakespeare")
 
 
 def test_shakespeare_from_a_warm_cache(tmp_path, test_data, monkeypatch):
-    monkeypatch.setattr(corpora, "urlopen", None)
+    monkeypatch.setattr(shakespeare, "urlopen", None)
     content = (test_data / "tinyshakespeare.txt").read_bytes()
     (tmp_path / "tinyshakespeare.txt").write_bytes(content)
-    assert len(content) == corpora.SHAKESPEARE_BYTES
+    assert len(content) == shakespeare.BYTES
     assert read(tmp_path, corpus="shakespeare")[0].text.encode() == content
 
 
@@ -113,9 +114,9 @@ def test_folder_is_read_in_order_and_byte_for_byte(tmp_path):
     (folder / "a.txt").write_bytes(b"one")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "notes.md").write_bytes(b"not read")
-    documents = read(tmp_path, path=str(folder), corpus="no matter")
-    assert documents == [("a.txt", "one"), ("b/2.txt", "zwei\r\nüber\n")]
-    assert read(tmp_path, path=str(folder / "a.txt")) == [("a.txt", "one")]
+    documents = read(tmp_path, path=str(folder), corpus="shakespeare")  # the path wins
+    assert documents == [Document("a.txt", "one"), Document("b/2.txt", "zwei\r\nüber\n")]
+    assert read(tmp_path, path=str(folder / "a.txt")) == [Document("a.txt", "one")]
 
 
 def test_text_that_cannot_be_read(tmp_path):
@@ -124,8 +125,8 @@ def test_text_that_cannot_be_read(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, message in [
         ("gone.txt", "gone.txt: no such file"),
-        ("empty.txt", "empty.txt: it is empty"),
-        ("folder", "0 .txt files"),
+        ("empty.txt", "empty.txt: there is no text in it"),
+        ("folder", "folder: none of the files in it says by its name"),
         ("latin.txt", "latin.txt: not UTF-8 text: byte 0xfc at offset 2"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -128,7 +128,7 @@ def test_two_preparations_are_identical(text_folder, tmp_path, split):
 def test_cache_is_used_again_and_keyed_by_content(text_file, poem, tmp_path, monkeypatch):
     data, cache = DataConfig(path=str(text_file)), tmp_path / "cache"
     first = cached_dataset(data, cache, progress=False)
-    monkeypatch.setattr(preparation, "_prepare", None)  # preparing again would fail
+    monkeypatch.setattr(preparation, "_Preparation", None)  # preparing again would fail
     assert cached_dataset(data, cache, progress=False).folder == first.folder
     monkeypatch.undo()
     folders = {first.folder}

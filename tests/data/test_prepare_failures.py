@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -23,16 +24,22 @@ def joined(shards):
 
 
 def test_two_writers_at_once_agree(text_file, tmp_path, monkeypatch):
-    """Both looked into the empty cache and do all the work: the first one's folder stays."""
+    """Both looked into the empty cache: one does the work, the other waits for it."""
     data, cache = DataConfig(path=str(text_file)), tmp_path / "cache"
-    barrier, results = threading.Barrier(2, timeout=20), []
-    write_manifest = preparation._write_manifest
+    barrier, results, written = threading.Barrier(2, timeout=20), [], []
+    build_tokenizer, write_manifest = preparation.build_tokenizer, preparation._write_manifest
 
-    def together(*args):
+    def together(*args):  # after the survey, before the folder is looked for
         barrier.wait()
+        return build_tokenizer(*args)
+
+    def slowly(*args):
+        written.append(args)
+        time.sleep(0.3)
         write_manifest(*args)
 
-    monkeypatch.setattr(preparation, "_write_manifest", together)
+    monkeypatch.setattr(preparation, "build_tokenizer", together)
+    monkeypatch.setattr(preparation, "_write_manifest", slowly)
     threads = [
         threading.Thread(target=lambda: results.append(cached_dataset(data, cache, False)))
         for _ in range(2)
@@ -42,8 +49,25 @@ def test_two_writers_at_once_agree(text_file, tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(results) == 2 and results[0].folder == results[1].folder
+    assert len(written) == 1
     assert joined(results[0].train) == joined(results[1].train)
     assert list((cache / "datasets").iterdir()) == [results[0].folder]
+
+
+def test_two_writers_of_one_folder(text_file, tmp_path, monkeypatch):
+    """For a folder that a user names, the second one is told."""
+    data, other = DataConfig(path=str(text_file)), []
+
+    def meanwhile(*args):
+        with pytest.raises(UserError, match="another process is preparing it") as error:
+            prepare(data, tmp_path / "out", progress=False)
+        other.append(error)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "_write_manifest", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "out", progress=False)
+    assert len(other) == 1
 
 
 def test_output_in_use_is_left_alone(text_file, tmp_path):
@@ -64,7 +88,7 @@ class FullDisk:
 
     def __call__(self, path, mode="r", *args, **kwargs):
         file = open(path, mode, *args, **kwargs)
-        if "w" not in mode:
+        if not set(mode) & set("wa+"):
             return file
         disk, write = self, file.write
 
@@ -87,46 +111,59 @@ class FullDisk:
         return Writer()
 
 
-def test_full_disk_is_one_message_and_leaves_nothing(text_file, tmp_path, monkeypatch):
-    data, cache = DataConfig(path=str(text_file), shard_tokens=400), tmp_path / "cache"
-    reached, room = set(), 0
-    while True:  # the disk is full after 0, 700, 1400 ... bytes: in spool, shards, json
+@pytest.mark.parametrize("split", ["tail", "document"])
+def test_full_disk_is_one_message_and_nothing_is_lost(text_folder, tmp_path, monkeypatch, split):
+    settings = {"split": split, "tokenizer": "byte", "deduplicate": True, "shard_tokens": 400}
+    data, cache = DataConfig(path=str(text_folder), **settings), tmp_path / "cache"
+    reference = prepare(data, tmp_path / "undisturbed", progress=False)
+    monkeypatch.setattr("almostgpt.data.pieces.BLOCK_BYTES", 500)  # several batches
+    failures, continued, room = 0, 0, 0
+    while True:  # the disk is full after 0, 700, 1400 ... bytes: in shards, journal, json
         disk = FullDisk(room)
-        monkeypatch.setattr(preparation, "open", disk, raising=False)
-        monkeypatch.setattr("almostgpt.files.open", disk, raising=False)
+        for module in ("files", "data.token_runs", "data.encoding", "data.journal"):
+            monkeypatch.setattr(f"almostgpt.{module}.open", disk, raising=False)
         try:
-            cached_dataset(data, cache, progress=False)
+            dataset = cached_dataset(data, cache, progress=False)
             break
         except UserError as error:
             assert "No space left on device" in str(error) and "Make room" in str(error)
-            reached.add(room)
-        assert list((cache / "datasets").iterdir()) == []
+            failures += 1
+        left = [folder.name for folder in (cache / "datasets").iterdir()]
+        assert all(name.endswith(".unfinished") for name in left) and len(left) <= 1
+        continued += len(left)
         room += 700
-    assert len(reached) > 5
+    assert failures > 5 and continued > 2
     assert disk.room >= 0
+    assert contents(dataset.folder) == contents(reference.folder)
+    assert list((cache / "datasets").iterdir()) == [dataset.folder]
 
 
-def test_interruption_leaves_nothing(text_file, tmp_path, monkeypatch):
+def test_interruption_of_a_beginning_leaves_nothing(text_file, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "_write_manifest", interrupted)
+    monkeypatch.setattr("almostgpt.data.encoding._Sink.take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(DataConfig(path=str(text_file)), tmp_path / "out", progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ["poem.txt"]
 
 
-def test_leftovers_of_a_killed_run_are_not_opened(text_file, poem, tmp_path, monkeypatch):
-    data, cache = DataConfig(path=str(text_file)), tmp_path / "cache"
-    monkeypatch.setattr(preparation.shutil, "rmtree", lambda *args, **kwargs: None)
-    monkeypatch.setattr(preparation, "_write_manifest", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # as if killed: nothing is cleaned up
-        cached_dataset(data, cache, progress=False)
+def test_interruption_keeps_what_is_finished(text_file, poem, tmp_path, monkeypatch, capsys):
+    data = DataConfig(path=str(text_file))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "_write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "out")
+    assert "is kept in" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()
-    assert len(list((cache / "datasets").iterdir())) == 1
-    dataset = cached_dataset(data, cache, progress=False)
-    assert dataset.tokenizer.decode(joined(dataset.train)) == poem[: len(poem) * 9 // 10]
-    assert list((cache / "datasets").iterdir()) == [dataset.folder]  # and cleared away at last
+    monkeypatch.setattr("almostgpt.data.pieces._encode", None)  # nothing is encoded again
+    dataset = prepare(data, tmp_path / "out")
+    assert "going on after" in capsys.readouterr().err
+    assert dataset.tokenizer.decode(joined(dataset.train + dataset.val)) == poem
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "poem.txt"]
 
 
 def test_unusable_cache(text_file, tmp_path):

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from almostgpt import GPT, GPTConfig, kernels
-from almostgpt.data.corpora import read_stdlib
+from almostgpt.config import DataConfig
+from almostgpt.data.corpora import read_documents
 from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from almostgpt.evaluation.perplexity import perplexity
 from almostgpt.kernels import cpu
@@ -35,7 +36,7 @@ GPT2 = {"norm": "layernorm", "feedforward": "gelu_tanh", "position": "learned", 
 def model_and_text(request, tmp_path_factory) -> tuple[GPT, np.ndarray]:
     """A trained model, of our default parts or of GPT-2's, and tokens that it has not seen."""
     if request.param == "stdlib, bytes":  # which is everywhere
-        documents = read_stdlib(tmp_path_factory.mktemp("cache"))
+        documents = read_documents(DataConfig(), tmp_path_factory.mktemp("cache"))
         text = "".join(document.text for document, _ in zip(documents, range(60), strict=False))
         tokenizer, parts = ByteTokenizer(), GPT2
     else:
