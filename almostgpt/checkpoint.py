@@ -219,6 +219,11 @@ def find(run_or_checkpoint: str | Path) -> Path:
             )
         return folder
     found = newest(folder)
+    if found is None and (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: a model of Hugging Face; make a checkpoint of it with "
+            f"`almostgpt convert --from {folder} --to FOLDER`"
+        )
     if found is None:
         raise UserError(f"{folder}: no checkpoint in it; a run folder holds checkpoints/step-…")
     return found

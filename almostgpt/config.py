@@ -8,15 +8,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from almostgpt.config_model import GPTConfig, model_problems, resolve_model
+from almostgpt.config_model import MAX_INT, GPTConfig, model_problems, resolve_model
 from almostgpt.errors import UserError, not_one_of
 
 MAX_SEED = 2**64 - 1  # of torch's generators
-MAX_INT = 2**31 - 1  # of every other whole number: they count what must fit into a machine
 
 # Settings that were switches once, and what false and true of an older file mean now.
 FORMER_SWITCHES = {"model.gradient_checkpointing": ("none", "full")}
@@ -35,8 +35,9 @@ class DataConfig:
     tokenizer: str = "char"  # char | byte | gpt2, or a folder with a saved one or tokenizer.json
     split: str = "tail"  # tail: the last part of the text validates; document: whole documents do
     val_fraction: float = 0.1  # share of the text (or of the documents) kept for validation
-    sampling: str = "random"  # random | sequential windows
+    sampling: str = "random"  # random | sequential | shuffled windows | documents, shuffled
     documents: str = "ignore"  # packed: no token attends to another document | ignore: it may
+    mixture: dict[str, float] | None = None  # in place of path: several of them, and their weights
     shard_tokens: int = 100_000_000  # tokens in one shard file
 
 
@@ -107,13 +108,14 @@ class Config:
 # ---------------------------------------------------------------- derived values and checks
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, parts: Mapping[str, Collection[str]] | None = None) -> Config:
     """Fills every derived value and checks the whole tree; raises one ``UserError`` for all problems.
 
     ``model.vocab_size`` stays ``None`` until the tokenizer is known. Pure: reads nothing but its
-    argument, so that a stored configuration means the same on every machine.
+    argument, so that a stored configuration means the same on every machine. ``parts`` as of
+    ``model_problems``.
     """
-    problems = config_problems(config)
+    problems = config_problems(config, parts)
     if problems:
         raise UserError("the configuration cannot work:\n" + "\n".join(f"  {p}" for p in problems))
     schedule = dataclasses.replace(
@@ -124,14 +126,16 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, model=resolve_model(config.model), schedule=schedule)
 
 
-def config_problems(config: Config) -> list[str]:
-    """What is impossible about a configuration, each as ``section.key: reason``."""
+def config_problems(
+    config: Config, parts: Mapping[str, Collection[str]] | None = None
+) -> list[str]:
+    """What is impossible about a configuration, each as ``section.key: reason``; ``parts`` likewise."""
     values = flatten(config)
     for key, value in values.items():
         limit = MAX_SEED if key == "seed" else MAX_INT
         if isinstance(value, int) and value > limit:
             return [f"{key} is {value}, but must be at most {limit}"]
-    problems = model_problems(config.model)
+    problems = model_problems(config.model, parts)
     lowest = {
         "training.steps": 1,
         "training.batch_size": 1,
@@ -163,13 +167,15 @@ def config_problems(config: Config) -> list[str]:
         "schedule.name": ("cosine", "wsd", "constant"),
         "optimizer.name": ("adamw", "muon"),
         "data.split": ("tail", "document"),
-        "data.sampling": ("random", "sequential"),
+        "data.sampling": ("random", "sequential", "shuffled", "documents"),
         "data.documents": ("ignore", "packed"),
         "data.normalize": ("none", "NFC", "NFKC"),
     }
     for key, names in choices.items():
         if values[key] not in names:
             problems.append(f"{key} is {not_one_of(values[key], names)}")
+    if config.data.mixture is not None:
+        problems += _mixture_problems(config.data)
     if not 0 < config.data.val_fraction < 1:
         problems.append(f"data.val_fraction is {config.data.val_fraction}, but must be in (0, 1)")
     if not 0 < config.schedule.decay_fraction <= 1:
@@ -180,6 +186,18 @@ def config_problems(config: Config) -> list[str]:
         problems.append(f"optimizer.momentum is {momentum}, but must be in [0, 1)")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         problems.append(f"optimizer.betas is {config.optimizer.betas}, but both must be in [0, 1)")
+    return problems
+
+
+def _mixture_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.path is not None:
+        problems.append("data.path does nothing beside data.mixture: add it to the mixture")
+    if not data.mixture:
+        problems.append("data.mixture is empty, but needs at least one path with a weight")
+    for path, weight in data.mixture.items():
+        if not 0 < weight < math.inf:
+            problems.append(f"data.mixture: the weight of {path} is {weight}, but must be above 0")
     return problems
 
 

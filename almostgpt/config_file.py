@@ -171,6 +171,12 @@ def coerce(value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise ValueError(f"expected a list of {len(args)} values, found {value!r}")
         return tuple(coerce(v, a) for v, a in zip(value, args, strict=True))
+    if origin is dict:
+        if isinstance(value, str):
+            value = _pairs(value)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected 'name: value' pairs or name=value,…, found {value!r}")
+        return {coerce(k, args[0]): coerce(v, args[1]) for k, v in value.items()}
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -183,6 +189,19 @@ def coerce(value: Any, kind: Any) -> Any:
             return int(number)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     raise ValueError(f"expected {names[kind]}, found {value!r}")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """``a=1,b=2`` as a command line has it; a name may hold ``=`` but no comma."""
+    pairs = {}
+    for pair in text.split(","):
+        name, equals, value = pair.strip().rpartition("=")
+        if not equals or not name:
+            raise ValueError(f"expected name=value,name=value, found {text!r}")
+        if name in pairs:
+            raise ValueError(f"{name!r} is given twice in {text!r}")
+        pairs[name] = value
+    return pairs
 
 
 def _number(value: Any) -> int | float:

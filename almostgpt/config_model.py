@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from almostgpt.errors import UserError, not_one_of
+
+MAX_INT = 2**31 - 1  # of every whole number: they count what must fit into a machine
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _derived_hidden(model: GPTConfig) -> int:
     if kind == "swiglu":
         # Three matrices instead of two: 2/3 of the width keeps the parameters (Shazeer 2020),
         # rounded up to 32 so that every GEMM stays aligned.
-        return -(-int(hidden * 2 / 3) // 32) * 32
+        return -(-max(1, int(hidden * 2 / 3)) // 32) * 32
     return max(1, int(hidden))
 
 
@@ -186,9 +188,23 @@ def without_unused(model: GPTConfig) -> GPTConfig:
     return model
 
 
-def model_problems(model: GPTConfig) -> list[str]:
-    """What is impossible about a model, each as ``model.key: reason``."""
-    problems = _unused(model)
+def model_problems(
+    model: GPTConfig, parts: Mapping[str, Collection[str]] | None = None
+) -> list[str]:
+    """What is impossible about a model, each as ``model.key: reason``.
+
+    Args:
+        parts: the names that each place may have (``PARTS`` of ``almostgpt.model.gpt``); None: they are
+            not looked at.
+    """
+    unknown = {
+        place: not_one_of(getattr(model, place), names)
+        for place, names in (parts or {}).items()
+        if getattr(model, place) not in names
+    }
+    problems = [f"model.{place} is {reason}" for place, reason in unknown.items()]
+    # Of a part that is misspelt nobody knows which settings are its own.
+    problems += _unused(model, unknown)
     sizes = _wrong_sizes(model)
     if sizes:
         return problems + sizes
@@ -211,15 +227,18 @@ def model_problems(model: GPTConfig) -> list[str]:
     return problems
 
 
-def _unused(model: GPTConfig) -> list[str]:
+def _unused(model: GPTConfig, unknown: Collection[str]) -> list[str]:
     problems = []
     for name in unused_options(model):
         place, parts, _ = PART_OPTIONS[name]
+        if place in unknown:
+            continue
         problems.append(
             f"model.{name} is {getattr(model, name)}, but is for model.{place}="
             f"{' | '.join(parts)}, and that is {getattr(model, place) or 'none'}: it would do nothing"
         )
-    if model.position != "rope" and model.rope_base != GPTConfig.rope_base:
+    rotates = model.position == "rope" or "position" in unknown
+    if not rotates and model.rope_base != GPTConfig.rope_base:
         problems.append(
             f"model.rope_base is {model.rope_base}, but is for model.position=rope, and that is "
             f"{model.position}: it would do nothing"
@@ -242,11 +261,17 @@ def _wrong_sizes(model: GPTConfig) -> list[str]:
     above_zero = (
         "mlp_ratio norm_eps rope_base rope_fraction rope_low_freq_factor rope_high_freq_factor"
     )
-    return problems + [
+    problems += [
         f"model.{name} is {value}, but must be above 0 and finite"
         for name in above_zero.split()
         if (value := getattr(model, name)) is not None and not 0 < value < math.inf
     ]
+    if not problems and model.mlp_hidden is None and model.mlp_ratio * model.n_embd > MAX_INT:
+        problems.append(
+            f"model.mlp_ratio is {model.mlp_ratio}, but times model.n_embd ({model.n_embd}) it must be "
+            f"at most {MAX_INT}"
+        )
+    return problems
 
 
 def _wrong_names(model: GPTConfig) -> list[str]:

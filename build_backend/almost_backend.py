@@ -2,9 +2,11 @@
 
 A fixed ``torch`` in ``build-system.requires`` would make every isolated build download one more,
 several GB on Linux. The native library uses torch's stable ABI, so it may be built against one
-version and run under another: any torch that is there will do. So will any cmake and ninja.
+version and run under another: any torch that is there will do. So will any cmake and ninja. pybind11,
+headers of 2 MB, is always asked for: an isolated build does not see the one that is there.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,6 +20,7 @@ from setuptools import build_meta  # noqa: E402
 from setuptools.build_meta import *  # noqa: E402, F403
 
 TORCH = "torch==2.13.0"
+PYBIND11 = "pybind11>=2.13"
 CMAKE_MINIMUM = (3, 25)  # as in CMakeLists.txt
 
 
@@ -32,6 +35,8 @@ def native_requirements() -> list[str]:
         needs.append("cmake>=3.25")
     if shutil.which("ninja") is None:
         needs.append("ninja")
+    if importlib.util.find_spec("pybind11") is None:
+        needs.append(PYBIND11)
     return needs
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Elements of gathered keys (and as many of values), or scores, that are there at a time: 64 MiB in float32.
 MOST = 1 << 24
+# Small attentions side by side: what PyTorch's kernels for GPUs have as heads must fit into a grid.
+MOST_HEADS = 65535
 
 
 def reference(
@@ -116,7 +118,7 @@ def _blocked(q, k, v, *, pattern: BlockPattern, scale, slopes, most: int) -> Ten
         out = _attend(rows_of_q, keys, values, visible, distance, slope, scale)
         return out.view(B, H, P, b, D)
 
-    size = most // max(1, B * H * S * b * max(b, D))
+    size = min(most // max(1, B * H * S * b * max(b, D)), MOST_HEADS // max(1, H))
     out = _in_parts(attend, n, size, dim=2)
     return out.reshape(B, H, n * b, D)[:, :, :T]
 
@@ -158,7 +160,8 @@ def _gathered(q, k, v, first, *, pattern: BlockPattern, scale, slopes, most: int
         return _attend(rows, keys, values, mask, distance, slope, scale).view(B, H, n, D)
 
     keys = (pattern.global_blocks + pattern.window + pattern.random.shape[2]) * b
-    return _in_parts(attend, T, most // max(1, B * H * keys * D), dim=2)
+    size = min(most // max(1, B * H * keys * D), MOST_HEADS // max(1, H))
+    return _in_parts(attend, T, size, dim=2)
 
 
 # --- packed documents, with a mask ----------------------------------------------------------------

@@ -128,8 +128,8 @@ def observing(tell: Observer) -> Iterator[None]:
     """Within the ``with`` block, in this thread or task, ``tell(op, args, kwargs)`` before an op runs.
 
     The arguments are checked already. Ops in compiled code are not seen, nor is a backward pass: it
-    belongs to the kernel that forward chose. ``tell`` may ask ``op.explain(*args, **kwargs)``. Without
-    an observer a call costs 0.04 µs more.
+    belongs to the kernel that forward chose. ``tell`` may ask ``op.explain(*args, **kwargs)``. To ask
+    whether there is one costs a call 0.2 µs (`timeit`, on the machine named above).
     """
     token = _OBSERVER.set(tell)
     try:

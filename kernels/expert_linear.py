@@ -140,8 +140,11 @@ def _weight_grouped(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Rows or columns that lie one after the other, from an address that is a multiple of 16."""
-    dense = x.is_contiguous() or x.mT.is_contiguous()
+    """One row after the other (or of weights one column), from an address that is a multiple of 16.
+
+    Of rows (N, n) the columns would not do: N may be any number, and each begins at such an address.
+    """
+    dense = x.is_contiguous() or (x.dim() == 3 and x.mT.is_contiguous())
     return x if dense and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 

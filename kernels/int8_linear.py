@@ -78,8 +78,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(N, K) int8 and (N,) scales → (N, K) of ``dtype``."""
-    return (weight.float() * scales[:, None]).to(dtype)
+    """(..., K) int8 and (...) scales → (..., K) of ``dtype``."""
+    return (weight.float() * scales[..., None]).to(dtype)
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:

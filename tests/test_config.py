@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from almostgpt.config import Config, GPTConfig, flatten, overlay, resolve
+from almostgpt.config import Config, GPTConfig, flatten, overlay, resolve, resolve_model
 from almostgpt.config_file import PRESETS, coerce, load_config, to_yaml
 from almostgpt.errors import UserError
+from almostgpt.model.gpt import PARTS
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -139,6 +140,10 @@ def test_resolve_fills_what_is_derived():
         ("optimizer.lr", float("nan")),
         ("data.val_fraction", 1.0),
         ("data.documents", "pack"),
+        ("data.sampling", "shufled"),
+        ("data.mixture", {}),
+        ("data.mixture", {"one": 1.0, "two": 0.0}),
+        ("data.mixture", {"one": float("inf")}),
         ("schedule.name", "cosin"),
         ("schedule.decay_fraction", 0.0),
         ("schedule.decay_fraction", 1.1),
@@ -147,6 +152,8 @@ def test_resolve_fills_what_is_derived():
         ("model.gradient_checkpointing", True),
         ("model.gradient_checkpointing", "some"),
         ("model.mlp_ratio", float("inf")),
+        ("model.mlp_ratio", 1e30),
+        ("model.mlp_ratio", 1e308),  # times the width it is infinite
         ("model.block_size", 2**31),
         ("seed", 2**64),
     ],
@@ -154,6 +161,42 @@ def test_resolve_fills_what_is_derived():
 def test_impossible_values_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         resolve(overlay(Config(), {key: value}))
+
+
+def test_a_misspelt_part_is_named_with_everything_else_and_its_settings_are_not_blamed():
+    wrong = {"model.attention": "sliding", "model.attention_window": 5, "model.dropout": 1.5}
+    with pytest.raises(UserError, match="did you mean sliding_window") as error:
+        resolve(overlay(Config(), {**wrong, "training.steps": 0}), PARTS)
+    assert "model.dropout" in str(error.value) and "training.steps" in str(error.value)
+    assert "attention_window is" not in str(error.value)
+
+
+def test_a_hidden_width_is_never_zero():
+    small = GPTConfig(n_embd=8, mlp_ratio=0.01, vocab_size=3)
+    for kind in ("gelu", "swiglu", "moe"):
+        assert resolve_model(dataclasses.replace(small, feedforward=kind)).mlp_hidden >= 1
+
+
+@pytest.mark.parametrize(
+    "written", ["{wiki: 0.7, ../a=b: 3e-1}", '"wiki=0.7, ../a=b=3e-1"', "wiki=0.7,../a=b=3e-1"]
+)
+def test_a_mixture_is_a_mapping_or_a_word(tmp_path, written):
+    config = load_config(write(tmp_path, f"data:\n  mixture: {written}\n"))
+    assert config.data.mixture == {"wiki": 0.7, "../a=b": 0.3}
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "written", ["wiki", "=1", "[wiki, 1]", "{wiki: much}", "wiki=1=", "'a=1,a=2'"]
+)
+def test_what_is_no_mixture_is_refused(tmp_path, written):
+    with pytest.raises(UserError, match=r"mine.yaml: data\.mixture: (expected|'a' is given twice)"):
+        load_config(write(tmp_path, f"data:\n  mixture: {written}\n"))
+
+
+def test_a_path_beside_a_mixture_is_refused():
+    with pytest.raises(UserError, match=r"data\.path does nothing beside data\.mixture"):
+        resolve(overlay(Config(), {"data.path": "a", "data.mixture": {"b": 1.0}}))
 
 
 def test_vocabulary_padding():

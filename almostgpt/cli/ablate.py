@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -47,7 +48,7 @@ of almostgpt train can be given. Into --out go the runs, results.json, results.m
 The same command again goes on where it was stopped. The last line on stdout is a JSON object.
 
 examples:
-  almostgpt ablate --vary model.norm=rmsnorm,layernorm --out runs/norms
+  almostgpt ablate --vary model.norm=rmsnorm,layernorm
   almostgpt ablate --config shakespeare-char-cpu --vary model.norm=rmsnorm,layernorm \\
       --vary model.feedforward=gelu,swiglu --seeds 3 --out runs/parts        four variants, 12 runs
   almostgpt ablate --vary model.position=rope,alibi,none --training.steps 300 --out runs/positions
@@ -58,7 +59,7 @@ examples:
 @dataclass(frozen=True)
 class AblateArguments:
     settings: Settings
-    out: Path  # the folder for runs and results; the same one again goes on
+    out: Path | None = None  # for runs and results; default runs/ablation-<what is varied>
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # KEY=VALUE,VALUE; repeatable
     seeds: int = 3  # runs of each variant, with the seeds seed, seed + 1, …
     match: str = "parameters"  # parameters | none: adapt the width of the feed-forward, or do not
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
         arguments,
         prog="almostgpt ablate",
         description=DESCRIPTION,
-        default=AblateArguments(begin.defaults, tyro.MISSING, config=begin.preset),
+        default=AblateArguments(settings=begin.defaults, config=begin.preset),
     )
     if not given.vary:
         raise UserError("say what to vary: --vary model.norm=rmsnorm,layernorm")
@@ -91,7 +92,7 @@ def run(arguments: list[str]) -> int:
         given.match,
     )
     seeds = [shared.seed + i for i in range(given.seeds)]
-    out = expand(given.out)
+    out = expand(given.out) if given.out is not None else _default_out(varied)
     check_same_ablation(out, variants, seeds)
     _say_what_comes(variants, seeds)
 
@@ -126,6 +127,11 @@ def run(arguments: list[str]) -> int:
     _show(rows)
     print(json.dumps(_result(out, rows, stopped)))
     return 0
+
+
+def _default_out(varied: Iterable[str]) -> Path:
+    """``runs/ablation-norm-feedforward``: the same for the same question, so that it goes on."""
+    return Path("runs") / "-".join(["ablation", *(key.rpartition(".")[2] for key in varied)])
 
 
 def _assumed(config: Config) -> Config:

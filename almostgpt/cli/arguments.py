@@ -18,7 +18,13 @@ Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff
 
 T = TypeVar("T")
 _registry = ConstructorRegistry()
-_NAMES = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}
+_NAMES = {
+    bool: "{true,false}",
+    int: "INT",
+    float: "FLOAT",
+    str: "TEXT",
+    dict[str, float]: "NAME=NUMBER,…",
+}
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -39,13 +45,18 @@ def _as_in_a_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         return coerce(_BOOLEANS.get(word.lower(), word) if kind is bool else word, kind)
 
     def to_words(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [",".join(f"{name}={number}" for name, number in value.items())]
         return ["null" if value is None else str(value).lower() if kind is bool else str(value)]
 
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=_NAMES[kind] + ("|null" if optional else ""),
         instance_from_str=from_words,
-        is_instance=lambda value: (optional and value is None) or isinstance(value, (kind, int)),
+        is_instance=lambda value: (
+            (optional and value is None)
+            or isinstance(value, (typing.get_origin(kind) or kind, int))
+        ),
         str_from_instance=to_words,
     )
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "perplexity of a trained model on a text",
     "ablate": "which part is better: the same run with each, over seeds",
     "prepare": "turn text into token shards",
+    "tokenizer": "train a vocabulary, encode with it, and measure it",
     "info": "versions, devices, and which kernels would run here",
 }
 

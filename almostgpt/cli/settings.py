@@ -19,7 +19,7 @@ from almostgpt.config import Config, overlay, resolve
 from almostgpt.config_file import read_settings
 from almostgpt.errors import UserError
 from almostgpt.files import expand
-from almostgpt.model.gpt import part_problems
+from almostgpt.model.gpt import PARTS
 from almostgpt.training.initial import (
     Initial,
     begin_with,
@@ -62,10 +62,7 @@ class Beginning:
 
 def checked(config: Config) -> Config:
     """Resolved, with parts that exist."""
-    config = resolve(config)
-    if problems := part_problems(config.model):
-        raise UserError("\n".join(problems))
-    return config
+    return resolve(config, PARTS)
 
 
 def absolute_paths(config: Config) -> Config:
@@ -73,6 +70,11 @@ def absolute_paths(config: Config) -> Config:
     data = config.data
     if data.path is not None and not data.path.startswith("hf://"):
         data = dataclasses.replace(data, path=str(expand(data.path).absolute()))
+    if data.mixture is not None:
+        paths = {str(expand(path).absolute()): weight for path, weight in data.mixture.items()}
+        if len(paths) < len(data.mixture):
+            raise UserError("data.mixture names a path twice; give it one weight, the sum of both")
+        data = dataclasses.replace(data, mixture=paths)
     if Path(data.tokenizer).is_dir():
         data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).absolute()))
     init = config.init and str(expand(config.init).absolute())

@@ -30,8 +30,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, names: Mapping[str, str]):
         try:
-            import jinja2
-            import jinja2.ext
+            from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
             raise UserError("a chat template needs jinja2: pip install jinja2") from error
@@ -39,14 +38,14 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[_generation(), jinja2.ext.loopcontrols],
+            extensions=[_generation(), loopcontrols],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # beside TemplateError those of Python, which Jinja compiles to
             raise UserError(f"the chat template is damaged: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:

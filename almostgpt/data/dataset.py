@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, ClassVar
 
 from almostgpt.data.progress import progress_bar
-from almostgpt.data.shards import HEADER_BYTES, open_shard
+from almostgpt.data.shards import HEADER_BYTES, Shard
 from almostgpt.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from almostgpt.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from almostgpt.errors import UserError
@@ -33,9 +32,10 @@ class Dataset:
 
     folder: Path
     tokenizer: Tokenizer
-    train: list[np.memmap]  # shards: uint16 or uint32, each of shape (n,), read-only
-    val: list[np.memmap]
+    train: list[Shard]  # or integer arrays of shape (n,)
+    val: list[Shard]
     fingerprint: str  # equal for equal text, tokenizer and options
+    weights: ClassVar[None] = None  # a Mixture has some
 
     @property
     def vocab_size(self) -> int:
@@ -65,9 +65,9 @@ def open_dataset(
 ) -> Dataset:
     """Opens a prepared folder and verifies it: every size, and every checksum (about 1 GB/s).
 
-    A folder of bare public ``.bin`` files opens too: names with ``val`` validate, names with
-    ``train`` train, and ``tokenizer`` (or its name or folder) says what made them. A prepared folder
-    brings its own.
+    A folder of bare public ``.bin`` files opens too: names with the word ``val`` validate, names with
+    ``train`` train (``fineweb_train_000001.bin``), and ``tokenizer`` (or its name or folder) says what
+    made them. A prepared folder brings its own.
 
     Raises ``UserError`` that names the file which is missing, damaged or foreign.
     """
@@ -80,7 +80,7 @@ def open_dataset(
     entries = manifest["shards"]
     files = [folder / entry["file"] for entry in entries]
     try:
-        shards = [open_shard(file) for file in files]
+        shards = [Shard(file) for file in files]
     except UserError as error:
         raise UserError(f"{error}; delete {folder} and prepare the data again") from error
     for file, shard, entry in zip(files, shards, entries, strict=True):
@@ -110,8 +110,9 @@ def open_dataset(
 def _open_bare(folder: Path, tokenizer: str | Tokenizer) -> Dataset:
     """Public ``.bin`` files: they bring no checksums, so only their headers are checked."""
     files = sorted(folder.glob("*.bin"))
-    val = [file for file in files if "val" in file.name]
-    train = [file for file in files if "train" in file.name and file not in val]
+    words = {file: re.split(r"[^a-z]+", file.stem.lower()) for file in files}
+    val = [file for file in files if not {"val", "valid", "validation"}.isdisjoint(words[file])]
+    train = [file for file in files if "train" in words[file] and file not in val]
     if not train or not val:
         names = ", ".join(file.name for file in files[:5]) or "none"
         raise UserError(
@@ -128,8 +129,8 @@ def _open_bare(folder: Path, tokenizer: str | Tokenizer) -> Dataset:
     return Dataset(
         folder,
         opened,
-        [open_shard(file) for file in train],
-        [open_shard(file) for file in val],
+        [Shard(file) for file in train],
+        [Shard(file) for file in val],
         digest_of({"files": sizes, "tokenizer": [opened.name, opened.settings()]}),
     )
 

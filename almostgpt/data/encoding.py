@@ -19,7 +19,7 @@ from almostgpt.data.journal import SEEN, Journal, read_keys
 from almostgpt.data.pieces import Batch, Piece, Task, in_batches
 from almostgpt.data.progress import throughput
 from almostgpt.data.survey import places
-from almostgpt.data.token_runs import TokenRun
+from almostgpt.data.token_runs import RunWriter
 from almostgpt.data.tokenizer import Tokenizer
 from almostgpt.data.workers import pieces_of
 from almostgpt.errors import UserError
@@ -40,7 +40,7 @@ def encode_source(
     journal: Journal,
     workers: int,
     progress: bool,
-) -> dict[str, TokenRun]:
+) -> dict[str, RunWriter]:
     """Encodes what the journal does not have yet. Split by tail there is one run, ``all``: where the
     tail begins is known at its end.
 
@@ -48,7 +48,7 @@ def encode_source(
     all that comes before it was written, and ``OSError`` as the file system does.
     """
     names = ("all",) if data.split == "tail" else SPLITS
-    runs = {name: TokenRun(folder, name, data.shard_tokens, tokenizer.dtype) for name in names}
+    runs = {name: RunWriter(folder, name, data.shard_tokens, tokenizer.dtype) for name in names}
     if journal.encoded:
         for name, run in runs.items():
             run.shards = list(journal.runs[name]["shards"])
@@ -96,7 +96,7 @@ class _Sink:
 
     def __init__(
         self,
-        runs: dict[str, TokenRun],
+        runs: dict[str, RunWriter],
         tokenizer: Tokenizer,
         folder: Path,
         journal: Journal,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from almostgpt.data.chat_template import ChatTemplate, Message
+from almostgpt.data.token_bytes import decoder_steps, piece
 from almostgpt.data.tokenizer_base import Tokenizer, unicode_bytes
 from almostgpt.errors import UserError
 
@@ -26,10 +27,11 @@ SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 # Vocabulary and merges of a byte-level BPE in GPT-2's form, by today's names and by OpenAI's.
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
-# Put into what a person writes where it spells a special token. A noncharacter: no text has it.
-MARK = "\ufdd0"
-# Steps of a decoder that only concern how tokens are put together, or that _pieces carries out.
-DECODERS = {"ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip", "Replace"}
+# Where a person writes what spells a special token, this and a character for the token take its place
+# until all is tokens. A noncharacter, and those of private use: no text has them one after the other.
+MARK, FIRST_PRIVATE = "\ufdd0", 0xF0000
+MARKED = re.compile(f"{MARK}([\U000f0000-\U000ffffd])")
+PROBE = "A  b\n\tÉ c. "  # what a lossy tokenizer changes: case, accents, spaces
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -64,20 +66,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._decoder = _decoder_steps(self._tokenizer)
+        self._add_special_tokens()
+        self._decoder = decoder_steps(self._tokenizer)
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         if not self.vocab_size:
             raise UserError("the vocabulary is empty")
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._specials = [token.content for token in self._added.values() if token.special]
+        self._special_ids = {id for id, token in self._added.items() if token.special}
         model = json.loads(self._tokenizer.to_str())["model"]
-        self._unknown = self._vocabulary.get(model.get("unk_token") or "")
+        # Unigram models have its id, all others its text.
+        self._unknown = model.get("unk_id", self._vocabulary.get(model.get("unk_token") or ""))
         self.begin = self._what_it_puts_first()
         self.end_of_text = self._find_end_of_text()
         source = chat_template or _default_template(self.config.get("chat_template"))
         if source is not None:
             self.chat_template = ChatTemplate(source, self._named_tokens())
+        self._check_that_text_comes_back()
 
     @classmethod
     def from_folder(cls, folder: Path) -> HuggingFaceTokenizer:
@@ -92,10 +98,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 ends = _ids(read_json(folder / name).get("eos_token_id"))
         template = folder / TEMPLATE
         try:
-            source = template.read_text("utf-8") if template.is_file() else None
+            source = _read_text(template) if template.is_file() else None
             return cls(_tokenizer_json(folder, config), config, source, ends)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{error.object!r:.40}: not a text in UTF-8: {error}") from error
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
 
@@ -149,7 +153,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def render(self, messages: Sequence[Message]) -> str:
         """A conversation as its chat template writes it, up to where the model's turn begins.
 
-        Where a message spells a special token, a mark in the middle keeps it from being one.
+        Where a message spells a special token, a mark stands for what it spells.
         """
         return self.chat_template.render(
             [{key: self._marked(text) for key, text in message.items()} for message in messages]
@@ -165,35 +169,41 @@ class HuggingFaceTokenizer(Tokenizer):
         if MARK not in text:
             return self._encode(text, specials=True)
         # Every special token that is whole is the template's. What is between them is cut out, so
-        # that it can be encoded as ordinary text without its marks.
+        # that it can be encoded as ordinary text, with what its marks stand for.
         ids: list[int] = []
-        for part in re.split(f"({self._any_special})", text):
+        for part in self._any_special.split(text):
             if part in self._specials:
                 ids.append(self._vocabulary[part])
             elif part:
-                ids += self._encode(part.replace(MARK, ""))
+                ids += self._encode(self._unmarked(part))
         return ids
 
     def _marked(self, text: str) -> str:
-        text = text.replace(MARK, "")
-        if not self._specials:
-            return text
-        found = re.compile(self._any_special)
-        return found.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+        def mark(spelled: re.Match) -> str:
+            return MARK + chr(FIRST_PRIVATE + self._specials.index(spelled[0]))
+
+        return self._any_special.sub(mark, text.replace(MARK, ""))
+
+    def _unmarked(self, text: str) -> str:
+        def spelled(mark: re.Match) -> str:
+            number = ord(mark[1]) - FIRST_PRIVATE
+            # A template may have cut the text between a mark and its character.
+            return self._specials[number] if number < len(self._specials) else mark[1]
+
+        return MARKED.sub(spelled, text).replace(MARK, "")
 
     @cached_property
-    def _any_special(self) -> str:
+    def _any_special(self) -> re.Pattern:
         longest_first = sorted(self._specials, key=len, reverse=True)
-        return "|".join(re.escape(token) for token in longest_first) or r"(?!)"
+        pattern = "|".join(re.escape(token) for token in longest_first) or r"(?!)"
+        return re.compile(f"({pattern})")
 
     # ------------------------------------------------------------ what is inside
 
     def _encode(self, text: str, *, specials: bool = False) -> list[int]:
         self._tokenizer.encode_special_tokens = not specials
         try:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # tokenizers has no type of its own: an unknown word, say
-            raise UserError(f"the tokenizer cannot express the text: {error}") from error
+            found = self._run(text)
         finally:
             self._tokenizer.encode_special_tokens = True
         if self._unknown is not None and self._unknown in found.ids:
@@ -201,14 +211,62 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"{text[start:end]!r} (position {start}) is not in the vocabulary of the tokenizer"
             )
+        if not specials and not self._special_ids.isdisjoint(found.ids):
+            # Where the vocabulary of the model has them, too (Unigram), nothing else can be made of it.
+            at = next(n for n, id in enumerate(found.ids) if id in self._special_ids)
+            raise UserError(
+                f"the text spells {found.tokens[at]!r} (position {found.offsets[at][0]}), which this "
+                "tokenizer cannot tell from its special token: leave it out, or write it otherwise"
+            )
         return found.ids
+
+    def _run(self, text: str, *, add_special_tokens: bool = False):
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # tokenizers has no type of its own, for an unknown word, say; what its Rust code did not
+        # expect (a damaged tokenizer.json) is not even an Exception.
+        except BaseException as error:
+            raise UserError(f"the tokenizer cannot express the text: {error}") from error
+
+    def _add_special_tokens(self) -> None:
+        """Those of the vocabulary that the configuration names: ``tokenizer.json`` may not say that
+        they are special, or have them only among ordinary tokens. transformers does so, too.
+        """
+        named = [token for key, token in self.config.items() if key.endswith("_token")]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = self.config.get(key) or []
+            named += (
+                more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+            )
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = {
+            t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special
+        }
+        wanted = dict.fromkeys(map(_content, named))
+        self._tokenizer.add_special_tokens(
+            [token for token in wanted if token in known and token not in special]
+        )
+
+    def _check_that_text_comes_back(self) -> None:
+        """Normalizers that write in small letters, say, and pre-tokenizers that leave spaces out."""
+        try:
+            back = self.decode(self._encode(PROBE))
+        except UserError:  # its vocabulary has not even these: it will say so of other texts
+            return
+        if back != PROBE:
+            raise UserError(
+                f"this tokenizer does not give its text back ({PROBE!r} becomes {back!r}): "
+                "byte-level ones and those after SentencePiece do"
+            )
 
     @cached_property
     def _pieces(self) -> list[bytes]:
         """Of each id the bytes that it stands for; of one that is not given to any token, none."""
         pieces = [b""] * self.vocab_size
         for token, id in self._vocabulary.items():
-            pieces[id] = token.encode() if id in self._added else _piece(token, self._decoder)
+            pieces[id] = token.encode() if id in self._added else piece(token, self._decoder)
         return pieces
 
     @cached_property
@@ -220,7 +278,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _what_it_puts_first(self) -> tuple[int, ...]:
         """The ids before a text where special tokens are added to it: the begin of text, if any."""
-        whole = self._tokenizer.encode("", add_special_tokens=True)
+        whole = self._run("", add_special_tokens=True)
         first = [
             id for id, special in zip(whole.ids, whole.special_tokens_mask, strict=True) if special
         ]
@@ -258,9 +316,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: not a text in UTF-8: {error}") from error
+
+
 def _tokenizer_json(folder: Path, config: dict[str, Any]) -> str:
     if (folder / TOKENIZER_JSON).is_file():
-        return (folder / TOKENIZER_JSON).read_text("utf-8")
+        return _read_text(folder / TOKENIZER_JSON)
     for vocabulary, merges in GPT2_FILES:
         if (
             (folder / vocabulary).is_file()
@@ -322,51 +387,7 @@ def _from_json(text: str):
         ) from error
 
 
-# ---------------------------------------------------------------- from tokens to bytes
-
-
-def _decoder_steps(tokenizer) -> list[dict[str, Any]]:
-    """The steps of a decoder; ``UserError`` for one that would not give the text back."""
-    decoder = json.loads(tokenizer.to_str())["decoder"]
-    steps = [] if decoder is None else decoder.get("decoders", [decoder])
-    unknown = [step["type"] for step in steps if step["type"] not in DECODERS]
-    patterns = [step["pattern"] for step in steps if step["type"] == "Replace"]
-    if unknown or not steps or any("String" not in pattern for pattern in patterns):
-        what = f"its decoder has {unknown[0]}" if unknown else "of its decoder"
-        raise UserError(
-            f"this tokenizer does not give its text back ({what}): byte-level ones and those after "
-            "SentencePiece do"
-        )
-    return steps
-
-
-def _piece(token: str, steps: Sequence[dict[str, Any]]) -> bytes:
-    """The bytes of a token of the vocabulary in the middle of a text."""
-    for step in steps:
-        kind = step["type"]
-        if kind == "ByteLevel":
-            alphabet = BYTE_OF_CHARACTER
-            known = all(character in alphabet for character in token)
-            return bytes([alphabet[c] for c in token]) if known else token.encode()
-        if kind == "ByteFallback" and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        if kind == "Metaspace":
-            token = token.replace(step["replacement"], " ")
-        elif kind == "Replace":
-            token = token.replace(step["pattern"]["String"], step["content"])
-    return token.encode()
-
-
-def character_of_byte() -> dict[int, str]:
-    """GPT-2's alphabet: visible bytes of Latin-1 as themselves, the others from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {
-        byte: chr(256 + number) for number, byte in enumerate(hidden)
-    }
-
-
-BYTE_OF_CHARACTER = {character: byte for byte, character in character_of_byte().items()}
+# ---------------------------------------------------------------- values of its files
 
 
 def _content(token: Any) -> str | None:
@@ -378,8 +399,8 @@ def _content(token: Any) -> str | None:
 def _default_template(value: Any) -> str | None:
     """The template of ``tokenizer_config.json``: one, or a list of named ones."""
     if isinstance(value, list):
-        named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
-        value = named.get("default")
+        named = [v for v in value if isinstance(v, dict) and v.get("name") == "default"]
+        value = named[0].get("template") if named else None
     return value if isinstance(value, str) else None
 
 

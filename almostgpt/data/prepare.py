@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from almostgpt.data.dataset import Dataset, digest_of, is_prepared, open_dataset
 from almostgpt.data.encoding import SourceChanged, encode_source
 from almostgpt.data.journal import JOURNAL, Journal, occupied
 from almostgpt.data.loader import document_start
+from almostgpt.data.mixture import Mixture
 from almostgpt.data.progress import say
 from almostgpt.data.shards import MAX_TOKENS
 from almostgpt.data.survey import Survey, dropped_in_words, survey_documents, task_of
-from almostgpt.data.token_runs import TokenRun
+from almostgpt.data.token_runs import RunWriter
 from almostgpt.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from almostgpt.data.tokenizer import (
     TOKENIZERS,
@@ -67,6 +69,11 @@ def prepare(
         UserError: text that cannot be read or encoded, by file and row; a folder in use; a full disk.
             What was finished before it is kept in ``.NAME.unfinished`` beside ``out``.
     """
+    if data.mixture is not None:
+        raise UserError(
+            "data.mixture is for training: prepare each set by itself, then mix them with "
+            "almostgpt train --data.mixture"
+        )
     out, cache = expand(out), cache or cache_folder()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another folder or delete it first")
@@ -86,10 +93,11 @@ def cached_dataset(
     *,
     tokenizer: Tokenizer | None = None,
     workers: int | None = None,
-) -> Dataset:
+) -> Dataset | Mixture:
     """The data of a configuration, ready to train on; prepared in the cache the first time.
 
-    A prepared folder in ``data.path`` is opened as it is, with its own tokenizer. Otherwise the
+    A prepared folder in ``data.path`` is opened as it is, with its own tokenizer, and so is each of a
+    ``data.mixture``. Otherwise the
     cache is keyed by the content of the text, the tokenizer and the split options.
 
     Args:
@@ -99,6 +107,13 @@ def cached_dataset(
     Raises:
         UserError: no data, or it is prepared with another tokenizer than the model's.
     """
+    if data.mixture is not None:
+        parts = [replace(data, path=path, mixture=None) for path in data.mixture]
+        sets = [
+            cached_dataset(part, cache, progress, tokenizer=tokenizer, workers=workers)
+            for part in parts
+        ]
+        return Mixture.of(sets, list(data.mixture.values()))
     if data.path is not None and is_prepared(expand(data.path)):
         _refuse_reading_options(data)
         dataset = open_dataset(data.path, tokenizer or data.tokenizer, progress=progress)
@@ -112,7 +127,9 @@ def cached_dataset(
     survey = survey_documents(data, cache, workers, progress)
     if tokenizer is None:
         tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
-    document_start(data.documents, tokenizer)  # refused now, rather than when all is prepared
+    document_start(
+        data.documents, tokenizer, data.sampling
+    )  # refused now, rather than when all is prepared
     folder = cache / "datasets" / _options(data, survey, tokenizer)["fingerprint"][:32]
     if (folder / prepared.FILE_NAME).is_file():
         return open_dataset(folder, progress=progress)
@@ -362,7 +379,7 @@ def _options(data: DataConfig, survey: Survey, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def _cut_tail(run: TokenRun, val_fraction: float) -> dict[str, TokenRun]:
+def _cut_tail(run: RunWriter, val_fraction: float) -> dict[str, RunWriter]:
     """Makes the shards of both splits from those of the whole run.
 
     The shards before the cut only change their names. May be done again after a kill at any moment:
@@ -371,7 +388,7 @@ def _cut_tail(run: TokenRun, val_fraction: float) -> dict[str, TokenRun]:
     # As nanoGPT cuts it: the first int(n * 0.9) of n tokens train.
     tail = int(run.tokens * (1 - val_fraction))
     train, val = (
-        TokenRun(run.folder, split, run.shard_tokens, run.dtype) for split in prepared.SPLITS
+        RunWriter(run.folder, split, run.shard_tokens, run.dtype) for split in prepared.SPLITS
     )
     whole = tail // run.shard_tokens
     for number in range(whole):

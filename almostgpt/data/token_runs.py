@@ -1,7 +1,7 @@
 """A long run of tokens on its way into shards of fixed size, which a kill cannot damage.
 
-The shards are written in place, one after the other. :meth:`TokenRun.state` says how far the run is on
-the disk; :meth:`TokenRun.restore` cuts off whatever came after that.
+The shards are written in place, one after the other. :meth:`RunWriter.state` says how far the run is on
+the disk; :meth:`RunWriter.restore` cuts off whatever came after that.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from almostgpt.data.shards import DTYPES, HEADER_BYTES, HEADER_INTS, MAGIC
+from almostgpt.data.shards import DTYPES, HEADER_BYTES, HEADER_INTS
 from almostgpt.errors import UserError
 from almostgpt.files import CHUNK, sha256_of
 
 
-class TokenRun:
+class RunWriter:
     """Shards ``NAME_000000.bin`` … in ``folder``, of ``shard_tokens`` tokens but the last."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int, dtype: np.dtype):
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.version = next(v for v, kind in DTYPES.items() if kind == np.dtype(dtype))
-        self.dtype = DTYPES[self.version]
+        # Of the formats with such tokens ours comes first.
+        self.format = next(key for key, kind in DTYPES.items() if kind == np.dtype(dtype))
+        self.dtype = DTYPES[self.format]
         self.shards: list[dict[str, Any]] = []  # tokens and sha256 of the finished ones
         self._open = None  # the file of the one that is being written
         self._length = 0  # its tokens
@@ -45,7 +46,7 @@ class TokenRun:
             if self._open is None:
                 self._open = open(self.file(len(self.shards)), "wb")
                 # Nearly every shard will be full: only the last one's count is written again.
-                self._open.write(_header(self.version, self.shard_tokens))
+                self._open.write(_header(self.format, self.shard_tokens))
             part = tokens[: self.shard_tokens - self._length]
             self._open.write(part.view(np.uint8))
             self._length += len(part)
@@ -57,7 +58,7 @@ class TokenRun:
         """Completes the last shard."""
         if self._length:
             self._open.seek(0)
-            self._open.write(_header(self.version, self._length))
+            self._open.write(_header(self.format, self._length))
             self._finish_shard()
 
     def _finish_shard(self) -> None:
@@ -118,7 +119,7 @@ class TokenRun:
             start += size
 
 
-def _header(version: int, count: int) -> bytes:
+def _header(format: tuple[int, int], count: int) -> bytes:
     header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = MAGIC, version, count
+    header[:3] = *format, count
     return header.tobytes()

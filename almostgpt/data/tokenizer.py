@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from almostgpt.data.bpe import BPETokenizer
+from almostgpt.data.bpe_training import train_bpe
 from almostgpt.data.huggingface import TOKENIZER_JSON, HuggingFaceTokenizer
+from almostgpt.data.sentence_piece import SentencePieceTokenizer, find_model
 from almostgpt.data.tokenizer_base import (
     END_OF_TEXT,
     FILE_NAME,
@@ -22,13 +25,16 @@ from almostgpt.files import expand
 __all__ = [
     "FILE_NAME",
     "TOKENIZERS",
+    "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "GPT2Tokenizer",
     "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
     "Tokenizer",
     "build_tokenizer",
     "load_tokenizer",
+    "train_bpe",
 ]
 
 
@@ -128,12 +134,21 @@ class GPT2Tokenizer(Tokenizer):
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
-    kind.name: kind for kind in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, HuggingFaceTokenizer)
+    kind.name: kind
+    for kind in (
+        CharTokenizer,
+        ByteTokenizer,
+        GPT2Tokenizer,
+        BPETokenizer,
+        HuggingFaceTokenizer,
+        SentencePieceTokenizer,
+    )
 }
 
 
 def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
-    """The tokenizer of a name (``byte``, ``gpt2``) or the one in a folder: ours, or a Hugging Face one.
+    """The tokenizer of a name (``byte``, ``gpt2``) or the one in a folder: ours, a Hugging Face one, or
+    a model of SentencePiece, which may also be named itself (``FILE.model``).
 
     Raises ``UserError`` for an unknown name, a folder without a tokenizer or a damaged file, and
     for ``char``, whose vocabulary comes from a text.
@@ -146,11 +161,15 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
         )
     if name in TOKENIZERS:
         return TOKENIZERS[name].from_settings({})
+    if folder.suffix == ".model" and folder.is_file():
+        return SentencePieceTokenizer.from_file(folder)
     if not folder.is_dir():
         raise UserError(f"tokenizer: neither a folder nor a name: {not_one_of(name, TOKENIZERS)}")
     file = folder / FILE_NAME
     if not file.exists() and (folder / TOKENIZER_JSON).is_file():
         return HuggingFaceTokenizer.from_folder(folder)
+    if not file.exists() and (model := find_model(folder)):
+        return SentencePieceTokenizer.from_file(model)
     kind = read_settings(file).get("kind")
     if kind not in list(TOKENIZERS):  # a list: it may be unhashable
         raise UserError(f"{file}: its kind is {not_one_of(kind, TOKENIZERS)}")

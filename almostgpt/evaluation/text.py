@@ -54,7 +54,7 @@ def _validation_split(folder: Path, tokenizer: Tokenizer, progress: bool) -> np.
     if not dataset.val:
         raise UserError(f"{folder}: its validation split is empty; name one of its .bin shards")
     # Shards are cut from one run of tokens, wherever they are full.
-    return dataset.val[0] if len(dataset.val) == 1 else np.concatenate(dataset.val)
+    return np.asarray(dataset.val[0]) if len(dataset.val) == 1 else np.concatenate(dataset.val)
 
 
 def _check_same(path: Path, theirs: Tokenizer, models: Tokenizer) -> None:

@@ -36,6 +36,11 @@ def folder_of(id_or_folder: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         if revision is not None:
             raise UserError(f"{folder}: a revision is for an id of the hub, and this is a folder")
+        if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: a run or checkpoint of AlmostGPT, not a model of Hugging Face: it is used "
+                "as it is, and written for transformers with `almostgpt convert --to-hf`"
+            )
         return folder
     name = str(id_or_folder)
     if isinstance(id_or_folder, Path) or not HUB_ID.fullmatch(name):

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 class GPT2(Family):
     name, architecture = "gpt2", "GPT2LMHeadModel"
     prefix = "transformer."
-    left_out = r"attn\.(masked_)?bias$"  # causal masks, stored as buffers once
+    left_out = r"\.attn\.(masked_)?bias$"  # causal masks, stored as buffers once
 
     def settings(self, given: Given) -> dict[str, Any]:
         given.refuse(

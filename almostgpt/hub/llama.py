@@ -188,6 +188,7 @@ class Mistral(_LlamaLike):
 
 class Qwen2(_LlamaLike):
     name, architecture = "qwen2", "Qwen2ForCausalLM"
+    default_n_kv_head = 32
 
     def biases(self, given: Given) -> dict[str, Any]:
         return {"bias": False, "qkv_bias": True}
@@ -249,7 +250,7 @@ class Qwen2(_LlamaLike):
 
 class Qwen3(Qwen2):
     name, architecture = "qwen3", "Qwen3ForCausalLM"
-    default_n_kv_head, default_head_dim = 32, 128
+    default_head_dim = 128
     qk_norm = True
 
     def biases(self, given: Given) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from almostgpt.hub.layout import Family, Given, Source, refused
 from almostgpt.hub.weights import DTYPES, StoredTensors
 from almostgpt.model import GPT
 
+HEAD = "lm_head.weight"  # of every family
 SHOWN = 8  # problems of weights that are written out; there can be one for every tensor
 
 
@@ -66,8 +67,8 @@ def load_model(
     """The model alone; see :func:`load_pretrained`."""
     folder = folder_of(id_or_folder, revision)
     family, config = read_config(folder)
-    sources = dict(family.sources(config))
     stored = StoredTensors(folder)
+    config, sources = _as_stored(family, config, stored)
     _check(family, config, sources, stored)
     model = GPT(_shortened(config, block_size)).to(dtype).eval()
     with torch.no_grad():
@@ -103,11 +104,44 @@ def _shortened(config: GPTConfig, block_size: int | None) -> GPTConfig:
     return config
 
 
+def _as_stored(
+    family: Family, config: GPTConfig, stored: StoredTensors
+) -> tuple[GPTConfig, dict[str, Source]]:
+    """The model, and where its parameters lie, once the files have been looked at.
+
+    The matrix of a tied head may be stored by either of its names, or by both; where these two differ,
+    the head is not tied, whatever ``config.json`` says. transformers has both alike
+    (``PreTrainedModel.tie_weights``).
+    """
+    if config.n_layer > len(stored.names()):
+        raise UserError(
+            f"{stored.folder}: config.json has {config.n_layer} layers, but the files only "
+            f"{len(stored.names())} tensors"
+        )
+    sources = dict(family.sources(config))
+    present = set(stored.names())
+    if not config.tie_weights or HEAD not in present:
+        return config, sources
+    embedding = sources["token_embedding.weight"]
+    name = _stored_name(embedding.names[0], family, present)
+    if name not in present:
+        return config, {**sources, "token_embedding.weight": embedding._replace(names=(HEAD,))}
+    if stored.equal(name, HEAD):
+        return config, sources
+    config = dataclasses.replace(config, tie_weights=False)
+    return config, dict(family.sources(config))
+
+
 def _check(
     family: Family, config: GPTConfig, sources: dict[str, Source], stored: StoredTensors
 ) -> None:
     """Whether the files have the model's tensors, all of them and no others, in the right shapes."""
-    shapes = _shapes(config)
+    try:
+        shapes = _shapes(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # more than 64 bits can count
+        raise UserError(
+            f"{stored.folder / 'config.json'}: damaged: its sizes are beyond any tensor's"
+        ) from error
     present = set(stored.names())
     problems, known = [], set()
     for ours, source in sources.items():
@@ -122,7 +156,7 @@ def _check(
                 problems.append(f"{name} has the shape {stored.shape(name)}, not {shape}")
             elif stored.dtype(name) not in DTYPES:
                 problems.append(f"{name} is of {stored.dtype(name)}, not of {', '.join(DTYPES)}")
-    tied = {"lm_head.weight"} if config.tie_weights else set()  # the embedding once more
+    tied = {HEAD} if config.tie_weights else set()  # the embedding once more
     problems += [
         f"{name} is unknown"
         for name in sorted(present - known - tied)

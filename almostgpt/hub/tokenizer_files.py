@@ -5,27 +5,29 @@ A Hugging Face tokenizer goes out as it came in. Ours are built from what ``toke
     char   a vocabulary of whole words, and every character is a word; one that is not in it is an error
     byte   the 256 characters of GPT-2's alphabet in the order of their bytes, and no merges
     gpt2   the byte-level BPE that tiktoken has, its merges recovered from the order of its tokens
+    bpe    the same, split by its own pattern
+
+One of SentencePiece is left to transformers, which has converters for each family of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from almostgpt.data.bpe import BPETokenizer, as_hugging_face, byte_pairs, merges_of
 from almostgpt.data.huggingface import (
     TEMPLATE,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     HuggingFaceTokenizer,
     byte_level,
-    character_of_byte,
 )
+from almostgpt.data.token_bytes import character_of_byte
 from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from almostgpt.data.tokenizer_base import END_OF_TEXT, Tokenizer
 from almostgpt.errors import UserError
-
-Pair = tuple[bytes, bytes]
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
@@ -77,39 +79,12 @@ def _byte(tokenizer: ByteTokenizer):
 
 
 def _gpt2(tokenizer: GPT2Tokenizer):
-    from tokenizers import models
-
-    written = character_of_byte()
-
-    def shown(token: bytes) -> str:
-        return "".join(written[byte] for byte in token)
-
-    ranks = tokenizer.ranks
-    ids = {shown(token): id for token, id in ranks.items()}
-    pairs = [(shown(left), shown(right)) for left, right in merges_of(ranks)]
-    return byte_level(models.BPE(ids, pairs))
-
-
-def merges_of(ranks: Mapping[bytes, int]) -> list[Pair]:
-    """The merges of a byte-level BPE, in order, from its tokens and their ranks.
-
-    A token was made by the last merge of itself: apply to its bytes all merges of lower rank, and two
-    parts are left.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = [bytes([byte]) for byte in token]
-            while len(parts) > 2:
-                merged = [left + right for left, right in zip(parts, parts[1:], strict=False)]
-                at = min(range(len(merged)), key=lambda i: ranks.get(merged[i], rank))
-                parts[at : at + 2] = [merged[at]]
-            merges.append((parts[0], parts[1]))
-    return merges
+    return byte_level(byte_pairs(tokenizer.ranks, merges_of(tokenizer.ranks)))
 
 
 BUILDERS: dict[type[Tokenizer], Callable] = {
     CharTokenizer: _char,
     ByteTokenizer: _byte,
     GPT2Tokenizer: _gpt2,
+    BPETokenizer: as_hugging_face,
 }

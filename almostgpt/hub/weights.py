@@ -54,6 +54,12 @@ class StoredTensors:
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        return self.shape(one) == self.shape(other) and bool(
+            (self.read(one) == self.read(other)).all()
+        )
+
 
 def _file_names(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():

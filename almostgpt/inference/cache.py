@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from almostgpt import kernels
 from almostgpt.config_model import GPTConfig, resolve_model
@@ -343,12 +344,7 @@ class KVCache:
             return kernels.decode_attention(
                 q, layer, q_sink=q_sink, new_lengths=new_lengths, alibi_slopes=alibi_slopes
             )
-        k, v = in_order(layer, part.keys, q)
-        if new_lengths is not None:
-            # Where padding would be, a slot may hold anything: no key to see, but 0 · NaN is NaN.
-            position = torch.arange(part.keys.start, part.keys.stop, device=q.device)
-            empty = (position >= (layer.lengths + new_lengths)[:, None])[:, None, :, None]
-            k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
+        k, v = _filled(*in_order(layer, part.keys, q), part.keys, layer, new_lengths)
         sees_all = layer.window is None or part.keys.stop <= layer.window
         window = None if sees_all else (layer.window - 1, 0)
         return kernels.flash_attention(
@@ -366,19 +362,22 @@ class KVCache:
     ) -> Tensor:
         """``extend`` for a layer of block-sparse attention, which has a slot for every token."""
         self._check_begun(layer, q)
-        stored = self.layers[layer]
-        options = {"new_lengths": self._new_lengths, "turns": self.turns}
-        q, _ = kernels.kv_append(q, k, v, stored, **options)
+        stored, new_lengths = self.layers[layer], self._new_lengths
+        done = max(self._new, default=0)
+        if done < self._tokens:  # no row has more, and there may be no slots for more
+            q, k, v = (x[:, :, :done] for x in (q, k, v))
+        q, _ = kernels.kv_append(q, k, v, stored, new_lengths=new_lengths, turns=self.turns)
         together = all(had == self.length for had in self._lengths)
-        if together and self._tokens > 1:
-            start = self.length
-            k, v = in_order(stored, range(start + self._tokens), q)
+        if together and done > 1:
+            start, there = self.length, range(self.length + done)
+            k, v = _filled(*in_order(stored, there, q), there, stored, new_lengths)
         else:
             start = stored.lengths
             k, v = in_order(stored, range(stored.capacity), q)
-        return kernels.block_sparse_attention(
+        out = kernels.block_sparse_attention(
             q, k, v, pattern, start=start, alibi_slopes=alibi_slopes
         )
+        return out if done == self._tokens else pad(out, (0, 0, 0, self._tokens - done))
 
     def state(self, layer: int) -> tuple[LinearState, Tensor | None]:
         """The sums of a layer of linear attention; its pass adds the new tokens of each sequence."""
@@ -455,3 +454,17 @@ class KVCache:
             if slots.window is not None
             for had, more in zip(self._lengths, new, strict=True)
         )
+
+
+def _filled(
+    k: Tensor, v: Tensor, positions: range, layer: KVLayer, new_lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of these positions (B, Hkv, positions, D), zeros where a row has no token there.
+
+    Such a slot may hold anything: no key to see, but 0 · NaN is NaN.
+    """
+    if new_lengths is None:
+        return k, v
+    position = torch.arange(positions.start, positions.stop, device=k.device)
+    empty = (position >= (layer.lengths + new_lengths)[:, None])[:, None, :, None]
+    return k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)

@@ -29,15 +29,6 @@ PARTS = {
 }
 
 
-def part_problems(config: GPTConfig) -> list[str]:
-    """Selectors that name no known part, each as ``model.key is …``."""
-    return [
-        f"model.{kind} is {not_one_of(getattr(config, kind), parts)}"
-        for kind, parts in PARTS.items()
-        if getattr(config, kind) not in parts
-    ]
-
-
 class GPT(nn.Module):
     """A decoder-only transformer with the parts that ``config`` names.
 
@@ -47,7 +38,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        problems = model_problems(config) + part_problems(config)
+        problems = model_problems(config, PARTS)
         if config.vocab_size is None:
             problems.append("model.vocab_size is not set: give the number of token ids")
         if problems:

@@ -22,7 +22,7 @@ from almostgpt.config_model import without_unused
 from almostgpt.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from almostgpt.errors import UserError
 from almostgpt.model import GPT
-from almostgpt.model.gpt import part_problems
+from almostgpt.model.gpt import PARTS
 
 # They shape a model that is made anew. Of one that is there, the weights and the tokenizer say it.
 DECIDED = ("vocab_size", "vocab_multiple", "mlp_ratio", "quantize")
@@ -113,7 +113,7 @@ def _changed(model: GPTConfig, asked: Mapping[str, Any]) -> GPTConfig:
 def _shape_stays(model: GPTConfig, asked: Mapping[str, Any]) -> bool:
     """Whether the weights of ``model`` are those of the model that is asked for, too."""
     changed = resolve_model(_changed(model, asked))
-    if model_problems(changed) or part_problems(changed):
+    if model_problems(changed, PARTS):
         return True  # it cannot be, whatever the weights: that is said with everything of this kind
     before, after = _shapes(model), _shapes(changed)
     if TABLE in before and TABLE in after and after[TABLE] <= before[TABLE]:

@@ -132,12 +132,14 @@ def make_plan(config: Config, device: torch.device) -> Plan:
 def vocabulary(config: Config) -> tuple[int, list[str]]:
     """The number of token ids, and in words what had to be assumed for it.
 
-    It is what ``model.vocab_size`` says, else of the tokenizer in the prepared folder ``data.path``,
+    It is what ``model.vocab_size`` says, else of the tokenizer in the prepared folder ``data.path`` (of
+    a mixture, the first of them),
     else of the one that ``data.tokenizer`` names, if that is known without a text.
     """
     if config.model.vocab_size is not None:
         return config.model.vocab_size, []
-    prepared = expand(config.data.path) if config.data.path is not None else None
+    path = next(iter(config.data.mixture), None) if config.data.mixture else config.data.path
+    prepared = expand(path) if path is not None else None
     if prepared is not None and (prepared / TOKENIZER_FILE).is_file():
         return load_tokenizer(prepared).vocab_size, []
     name = config.data.tokenizer

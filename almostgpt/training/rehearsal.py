@@ -237,18 +237,18 @@ class BlockClock:
 def step_seconds(config: Config, device: torch.device, most_rows: int) -> StepSeconds:
     """Measures real passes of ``config`` (resolved, with a vocabulary) for a few seconds on ``device``.
 
-    A first pass of two layers and one row tells what a full one would take. If it is short, the whole
-    model is measured; else two layers of it, whose blocks then count as often as there are layers,
-    while embedding, output projection and loss count once. So no small difference of large times is
-    ever extrapolated. Where not all rows are affordable as many are taken as are, and time is
-    proportional to rows from there on.
+    A first pass of two layers (with a ``window_pattern``, of all that it names) and one row tells what
+    a full one would take. If it is short, the whole model is measured; else those layers of it, whose
+    blocks then count as often as there are layers, while embedding, output projection and loss count
+    once. So no small difference of large times is ever extrapolated. Where not all rows are affordable
+    as many are taken as are, and time is proportional to rows from there on.
 
     Args:
         most_rows: a micro-batch that fits into memory, at least 1.
     """
     prepare(config, device)
     layers, wanted = config.model.n_layer, config.training.batch_size
-    few = min(2, layers)
+    few = min(max(2, len(config.model.window_pattern or "")), layers)
     fitting = min(wanted, most_rows)
     found = _measure(config, device, few, rows=1)
     whole = found.micro_batch * fitting <= PASS_SECONDS

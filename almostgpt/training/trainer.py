@@ -19,6 +19,7 @@ from almostgpt.config import Config
 from almostgpt.config_file import load_config
 from almostgpt.data.dataset import Dataset
 from almostgpt.data.loader import TokenLoader, document_start
+from almostgpt.data.mixture import Mixture
 from almostgpt.data.prefetch import Prefetcher
 from almostgpt.device import random_state, set_random_state
 from almostgpt.errors import UserError
@@ -61,7 +62,7 @@ class Trainer:
 
     Args:
         config: resolved, with ``model.vocab_size`` set.
-        dataset: the prepared tokens.
+        dataset: the prepared tokens, of one set or of a mixture.
         run: the run folder; nothing is written into it before :meth:`train`.
         device: where the model lives.
         resume_from: the checkpoint to go on from; by default the newest whole one in ``run``.
@@ -70,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        dataset: Dataset,
+        dataset: Dataset | Mixture,
         run: Path,
         device: torch.device,
         resume_from: Path | None = None,
@@ -85,7 +86,7 @@ class Trainer:
         prepare(config, device)
         # Before the model is built: a text that is too small is an error now, not in an hour.
         self.loader = self._loader("train")
-        self._loader("val")
+        self.val_loader = self._loader("val")
         torch.manual_seed(config.seed)  # weights and dropout
         self.model = GPT(config.model).to(device)
         self.forward = torch.compile(self.model) if config.training.compile else self.model
@@ -247,7 +248,8 @@ class Trainer:
         """Mean loss in nats per token over the same ``training.eval_batches`` batches every time."""
         total = torch.zeros((), device=self.device)
         self.model.eval()
-        with Prefetcher(self._loader("val"), self.device) as batches:
+        self.val_loader.row = 0
+        with Prefetcher(self.val_loader, self.device) as batches:
             for _ in range(self.config.training.eval_batches):
                 batch = batches.next_batch()
                 with self._autocast():
@@ -260,14 +262,17 @@ class Trainer:
 
     def _loader(self, split: str) -> TokenLoader:
         """From the first batch of ``split`` (train or val) on."""
+        data = self.config.data
         return TokenLoader(
             getattr(self.dataset, split),
             block_size=self.config.model.block_size,
             batch_size=self.config.training.batch_size,
             seed=self.config.seed,
-            sampling=self.config.data.sampling,
+            sampling=data.sampling,
             vocab_size=self.config.model.vocab_size,
-            end_of_text=document_start(self.config.data.documents, self.dataset.tokenizer),
+            end_of_text=document_start(data.documents, self.dataset.tokenizer, data.sampling),
+            packed=data.documents == "packed",
+            weights=self.dataset.weights,
             split=split,
         )
 
@@ -359,8 +364,9 @@ class Trainer:
     def _try_out(self) -> None:
         """One token through the model: a forced backend that cannot serve it is an error here."""
         ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        packed = self.loader.end_of_text is not None
-        cu_seqlens = torch.arange(2, dtype=torch.int32, device=self.device) if packed else None
+        cu_seqlens = None
+        if self.loader.packed:
+            cu_seqlens = torch.arange(2, dtype=torch.int32, device=self.device)
         with torch.no_grad(), self._autocast():
             self.model.eval()(ids, cu_seqlens=cu_seqlens)
         self.model.train()

@@ -117,7 +117,7 @@ def test_wrong_options_name_the_nearest(arguments, expected, capsys):
 
 
 def test_out_of_memory_on_the_host_is_one_message(text, capsys):
-    sizes = ["--model.n-layer=1", "--model.n-head=2", "--model.n-embd=2000000000", "--device=cpu"]
+    sizes = ["--model.n-layer=1", "--model.n-head=2", "--model.n-embd=500000000", "--device=cpu"]
     assert main(["train", f"--data.path={text}", "--out=run", *sizes]) == 2
     err = capsys.readouterr().err
     assert "out of memory" in err and "Traceback" not in err

@@ -156,7 +156,7 @@ def test_what_cannot_be(theirs, tmp_path, capsys):
         (["--from", source, "--to", "a", "--precision", "fp8"], "--precision is 'fp8'"),
         (["--from", source, "--to", "a", "--revision", "x"], "a revision is for an id"),
         (["--from", source, "--to", source], "already exists"),
-        (["--from", source, "--to-hf", "a"], "no checkpoint in it"),
+        (["--from", source, "--to-hf", "a"], "a model of Hugging Face; make a checkpoint"),
         (["--from", source, "--to-hf", "a", "--block-size", "8"], "are for --to"),
         (["--from", "./nowhere", "--to", "a"], "no such folder"),
     ):
@@ -166,3 +166,36 @@ def test_what_cannot_be(theirs, tmp_path, capsys):
         assert not (tmp_path / "a").exists()
     assert main(["generate", "--checkpoint", source, "--plain"]) == 2
     shutil.rmtree(source)
+
+
+def test_imported_weights_are_trained_on_and_go_out_again(theirs, tmp_path, text, capsys):
+    model, fast = theirs
+    theirs_ids = fast(text.read_text())["input_ids"]
+    assert main(["convert", "--from", str(tmp_path / "theirs"), "--to", "mine"]) == 0
+    tune = ["train", "--init=mine", f"--data.path={text}", "--model.block-size=16", "--device=cpu"]
+    tune += ["--training.batch-size=2", "--training.log-every=1", "--training.eval-batches=1"]
+    tune += ["--data.sampling=sequential", "--schedule.decay-steps=4"]
+    assert main([*tune, "--out=whole", "--training.steps=4"]) == 0
+    assert main([*tune, "--out=half", "--training.steps=2"]) == 0
+    shutil.rmtree("mine")  # it is in the checkpoint, with its tokenizer
+    assert main(["train", "--out=half", "--resume", "--training.steps=4"]) == 0
+    assert main(["eval", "--checkpoint=half", f"--perplexity={text}", "--device=cpu"]) == 0
+    capsys.readouterr()
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
+        for run in ("whole", "half")
+    ]
+    assert losses[0] == losses[1]
+    # The first loss is transformers' own, on the first two windows of the text.
+    windows = torch.tensor(theirs_ids[:33])
+    ids = torch.stack([windows[0:16], windows[16:32]])
+    targets = torch.stack([windows[1:17], windows[17:33]])
+    with torch.no_grad():
+        logits = model(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert losses[0][0] == pytest.approx(expected.item(), rel=1e-5)
+    assert main(["convert", "--from", "half", "--to-hf", "back"]) == 0
+    back = transformers.AutoModelForCausalLM.from_pretrained("back")
+    assert not torch.equal(back.lm_head.weight, model.lm_head.weight)
+    assert main([*tune, "--init=half", "--data.tokenizer=byte"]) == 2
+    assert "the model was trained with huggingface" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_shards_decode_to_the_cleaned_text(sample, test_data, tmp_path):
     expected = texts(sample, test_data)
     data = settings_of(sample, test_data, tokenizer="byte", shard_tokens=1_000_003)
     dataset = prepare(data, tmp_path / "out", progress=False)
-    tokens = np.concatenate(dataset.train + dataset.val)
+    tokens = np.concatenate([np.asarray(shard) for shard in dataset.train + dataset.val])
     documents = np.split(tokens, np.flatnonzero(tokens == dataset.tokenizer.end_of_text))
     separated = [documents[0], *(document[1:] for document in documents[1:])]
     assert [part.astype(np.uint8).tobytes().decode() for part in separated] == expected

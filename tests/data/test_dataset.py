@@ -119,6 +119,26 @@ def test_public_shards_open_by_name(public, tmp_path, tiktoken_cache):
     assert dataset.fingerprint != open_dataset(public, "byte").fingerprint
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("fineweb_train_000001.bin", "fineweb_val_000000.bin"),  # modded-nanogpt
+        ("edu_fineweb_train_000001.bin", "edu_fineweb_val_000000.bin"),  # llm.c
+        ("TinyStories_train.bin", "TinyStories_val.bin"),
+        ("finepdfs_train_000001.bin", "finepdfs_val_000000.bin"),
+        ("medieval_train_000001.bin", "medieval_val_000000.bin"),
+        ("train-00001.bin", "validation-00000.bin"),
+        ("Train.bin", "VALID.bin"),
+    ],
+)
+def test_public_names_say_the_split(train, val, tmp_path):
+    for name, first in ((train, 100), (val, 0), ("gpt2_tokenizer.bin", 0), ("trained.bin", 0)):
+        write_shard(tmp_path / name, np.arange(first, first + 50, dtype=np.uint16))
+    dataset = open_dataset(tmp_path, "byte")
+    assert [int(shard[0]) for shard in dataset.train] == [100]
+    assert [int(shard[0]) for shard in dataset.val] == [0]
+
+
 def test_public_shards_need_a_tokenizer(public, tmp_path):
     with pytest.raises(UserError, match="set data.tokenizer"):
         cached_dataset(DataConfig(path=str(public)), tmp_path)

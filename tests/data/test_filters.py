@@ -59,7 +59,7 @@ def test_equal_texts_in_other_files_are_duplicates(tmp_path):
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
     data = DataConfig(path=str(tmp_path / "texts"), tokenizer="byte", deduplicate=True)
     dataset = prepare(data, tmp_path / "out", progress=False)
-    tokens = np.concatenate(dataset.train + dataset.val)
+    tokens = np.concatenate([np.asarray(shard) for shard in dataset.train + dataset.val])
     assert dataset.tokenizer.decode(tokens) == "<|endoftext|>".join(
         ["same", "other", "e\u0301", "é"]
     )

@@ -98,7 +98,7 @@ def test_state_restores_the_exact_next_batch(taken, seed, sampling):
     for _ in range(taken):
         whole.next_batch()
     state = json.loads(json.dumps(whole.state_dict()))  # survives a JSON file
-    assert state["batch"] == taken
+    assert state["row"] == 4 * taken
     resumed = loader(shards, seed=seed, sampling=sampling)
     resumed.load_state_dict(state)
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_state_restores_the_exact_next_batch(taken, seed, sampling):
     ("change", "reason"),
     [
         ({"seed": 1}, "seed is 1337 in the state and 1 here"),
-        ({"batch_size": 5}, "batch_size is 4 in the state and 5 here"),
+        ({"weights": [1], "shards": [numbered(100)]}, "weights is None in the state and .1. here"),
         ({"block_size": 7}, "block_size is 8 in the state and 7 here"),
         ({"sampling": "sequential"}, "sampling is 'random' in the state and 'sequential' here"),
     ],
@@ -118,12 +118,12 @@ def test_state_restores_the_exact_next_batch(taken, seed, sampling):
 def test_state_of_another_loader_is_refused(change, reason):
     state = loader(numbered(100)).state_dict()
     with pytest.raises(UserError, match=reason):
-        loader(numbered(100), **change).load_state_dict(state)
+        loader(**{"shards": numbered(100), **change}).load_state_dict(state)
     with pytest.raises(UserError, match="tokens is 100 in the state and 101 here"):
         loader(numbered(101)).load_state_dict(state)
-    for batch in (None, -1, 1.5):
-        with pytest.raises(UserError, match="batch is"):
-            loader(numbered(100)).load_state_dict(state | {"batch": batch})
+    for number, key in itertools.product((None, -1, 1.5), ("row", "batch_size")):
+        with pytest.raises(UserError, match=f"{key} is {number}, not a number"):
+            loader(numbered(100)).load_state_dict(state | {key: number})
 
 
 def test_foreign_id_names_shard_and_id(tmp_path):
@@ -134,7 +134,7 @@ def test_foreign_id_names_shard_and_id(tmp_path):
     batches.next_batch()
     with pytest.raises(UserError, match=r"bad\.bin: token id 77 .* 20 tokens"):
         batches.next_batch()
-    assert batches.state_dict()["batch"] == 1
+    assert batches.state_dict()["row"] == 2
     with pytest.raises(UserError, match="shard 0: token id -5"):
         loader([np.full(50, -5)]).next_batch()
 
@@ -226,9 +226,9 @@ def test_state_says_whether_documents_were_packed():
         packing.load_state_dict(ignoring.state_dict())
     with pytest.raises(UserError, match="end_of_text is 3 in the state and None here"):
         ignoring.load_state_dict(packing.state_dict())
-    older = {key: value for key, value in ignoring.state_dict().items() if key != "end_of_text"}
-    ignoring.load_state_dict({**older, "batch": 5})  # from before documents could be packed
-    assert ignoring.batch == 5
+    assert (
+        loader(numbered(100), end_of_text=END, packed=False).state_dict() == ignoring.state_dict()
+    )
 
 
 def test_packing_needs_an_end_of_text_token():

@@ -37,13 +37,22 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-@pytest.mark.parametrize("end_of_text", [None, 7])
-def test_batches_are_the_loaders(ahead, end_of_text):
-    alone = loader(end_of_text=end_of_text)
-    with Prefetcher(loader(end_of_text=end_of_text), CPU, ahead=ahead) as batches:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"end_of_text": 7},
+        {"sampling": "documents", "end_of_text": 7},
+        {"sampling": "shuffled", "rank": 1, "world_size": 2},
+    ],
+)
+def test_batches_are_the_loaders(ahead, options):
+    alone = loader(**options)
+    with Prefetcher(loader(**options), CPU, ahead=ahead) as batches:
         for _ in range(20):
             assert same(batches.next_batch(), alone.next_batch())
             assert len(threads()) == (1 if ahead else 0)
+            assert batches.state_dict() == alone.state_dict()
 
 
 def test_no_thread_on_a_cpu():
@@ -65,7 +74,7 @@ def test_the_state_is_that_of_the_batches_taken():
         for taken in range(1, 6):
             batches.next_batch()
             alone.next_batch()
-            wait_until(lambda taken=taken: source.batch == taken + 3)  # so many are prepared
+            wait_until(lambda taken=taken: source.row == 4 * (taken + 3))  # so many are prepared
             assert batches.state_dict() == alone.state_dict()
         state = batches.state_dict()
     resumed = loader()
@@ -85,7 +94,7 @@ def test_an_error_comes_with_the_batch_that_has_it(ahead):
         for _ in range(2):  # it stays
             with pytest.raises(UserError, match="shard 0: token id 100 is not in the vocabulary"):
                 batches.next_batch()
-            assert batches.state_dict()["batch"] == 3
+            assert batches.state_dict()["row"] == 3 * 4
 
 
 def test_the_thread_ends_on_an_error_of_the_consumer():

@@ -74,7 +74,7 @@ def test_what_is_dropped_is_reported(source, tmp_path):
         "short": len([text for text in texts if 0 < len(text) < 200]),
     }
     assert manifest["source"]["documents"] == len(set(long))
-    tokens = np.concatenate(dataset.train + dataset.val)
+    tokens = np.concatenate([np.asarray(shard) for shard in dataset.train + dataset.val])
     assert dataset.tokenizer.decode(tokens).split("<|endoftext|>") == list(dict.fromkeys(long))
 
 

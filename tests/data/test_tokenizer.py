@@ -229,5 +229,5 @@ def test_names_that_are_none(tmp_path):
 
 def test_registry_names():
     assert {name: kind.name for name, kind in TOKENIZERS.items()} == {
-        name: name for name in ("char", "byte", "gpt2", "huggingface")
+        name: name for name in ("char", "byte", "gpt2", "bpe", "huggingface", "sentencepiece")
     }

@@ -185,6 +185,46 @@ def test_pickles_are_not_read(folder):
     assert "it has pytorch_model.bin" in text and "save_pretrained" in text
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"vocab_size": 10**18},
+        {"hidden_size": 10**15, "num_key_value_heads": 1, "head_dim": 10**15},
+        {"num_attention_heads": 2**63, "num_key_value_heads": 2**63, "head_dim": 4},
+        {"head_dim": 2**70},
+    ],
+)
+def test_sizes_that_no_tensor_has(sizes, folder):
+    assert "config.json: damaged: its sizes are beyond" in configured(folder, **sizes)
+
+
+def test_a_number_of_layers_that_no_file_has_is_refused_at_once(folder):
+    text = configured(folder, num_hidden_layers=10**9)
+    assert "config.json has 1000000000 layers, but the files only" in text
+
+
+def test_a_bias_of_a_layer_too_many_is_no_mask(tmp_path):
+    settings = {**SIZES, "position": "learned", "norm": "layernorm", "feedforward": "gelu"}
+    save_pretrained(GPT(GPTConfig(**settings)), tmp_path / "gpt2")
+
+    def change(tensors):
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12)
+        tensors["transformer.h.2.attn.c_attn.bias"] = torch.zeros(24)
+
+    text = changed(tmp_path / "gpt2", change)
+    assert "h.2.attn.c_attn.bias is unknown" in text and "h.0.attn.bias" not in text
+
+
+def test_a_run_is_no_model_of_hugging_face_and_the_other_way(folder, tmp_path, capsys):
+    from almostgpt.cli.main import main
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert "convert --to-hf" in message(load_pretrained, tmp_path / "run")
+    assert main(["generate", "--checkpoint", str(folder)]) == 2
+    assert f"almostgpt convert --from {folder} --to" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- hub ids
 
 

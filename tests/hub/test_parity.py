@@ -234,6 +234,28 @@ def test_a_model_without_its_head_as_gpt2_is_on_the_hub(tmp_path):
     assert_same_logits(theirs, GPT.from_pretrained(tmp_path))
 
 
+@pytest.mark.parametrize("stored", ["both, equal", "both, different", "the head alone"])
+@pytest.mark.parametrize("family", ["GPT2", "Qwen2"])
+def test_a_tied_head_is_what_the_files_have(family, stored, tmp_path):
+    """Whatever ``tie_word_embeddings`` says: so has transformers."""
+    from safetensors.torch import load_file, save_file
+
+    settings = {**(GPT2 if family == "GPT2" else SMALL), "tie_word_embeddings": True}
+    their_model(family, settings).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = next(name for name in tensors if name.endswith(("wte.weight", "tokens.weight")))
+    tensors["lm_head.weight"] = tensors[embedding].clone()
+    if stored == "both, different":
+        tensors["lm_head.weight"] += 0.1
+    elif stored == "the head alone":
+        del tensors[embedding]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.tie_weights == (stored != "both, different")
+    assert_same_logits(theirs, ours)
+
+
 @pytest.mark.parametrize("family", ["GPT2", "Mistral"])
 def test_a_shorter_block(family, tmp_path):
     """For texts of up to 5 tokens, of which a window of 5 is the whole."""

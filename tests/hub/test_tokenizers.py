@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from almostgpt.data.huggingface import MARK, HuggingFaceTokenizer, character_of_byte
+from almostgpt.data.bpe import BPETokenizer
+from almostgpt.data.huggingface import MARK, HuggingFaceTokenizer
+from almostgpt.data.token_bytes import character_of_byte
 from almostgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from almostgpt.errors import UserError
 from almostgpt.hub.tokenizer_files import tokenizer_files
@@ -132,14 +134,29 @@ def test_gpt2_by_its_two_files(test_data, tmp_path):
         ("tokenizer_config.json", "{'a'", "tokenizer_config.json: damaged"),
         ("generation_config.json", "nul", "generation_config.json: damaged"),
         ("chat_template.jinja", "{% if %}", "the chat template is damaged"),
+        ("chat_template.jinja", "{% break %}", "the chat template is damaged: 'break' outside"),
+        ("chat_template.jinja", "{{ " + "(" * 9999, "the chat template is damaged"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: not a text in UTF-8"),
+        ("tokenizer.json", b"\xff", "tokenizer.json: not a text in UTF-8"),
     ],
 )
 def test_damage_is_named(file, content, message, byte_level_folder, tmp_path):
     folder = shutil.copytree(byte_level_folder, tmp_path / "folder")
-    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as error:
         HuggingFaceTokenizer.from_folder(folder)
     assert str(folder) in str(error.value)
+
+
+def test_a_damage_that_is_noticed_only_in_use(metaspace_folder, tmp_path):
+    """Rust panics over a token that the post-processor adds and does not describe."""
+    described = json.loads((metaspace_folder / "tokenizer.json").read_text())
+    described["post_processor"]["special_tokens"] = {}
+    folder = changed(metaspace_folder, tmp_path, **described)
+    with pytest.raises(UserError, match="changed: the tokenizer cannot express"):
+        HuggingFaceTokenizer.from_folder(folder)
 
 
 def test_a_tokenizer_that_loses_text_is_refused():
@@ -158,6 +175,91 @@ def test_a_tokenizer_that_loses_text_is_refused():
         tokenizer.encode("b")
     with pytest.raises(UserError, match="name a folder with a tokenizer.json"):
         load_tokenizer("huggingface")
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def changed(folder, tmp_path, **parts):
+    """A copy of a folder with other parts of ``tokenizer.json``."""
+    copy = shutil.copytree(folder, tmp_path / "changed")
+    described = json.loads((copy / "tokenizer.json").read_text()) | parts
+    (copy / "tokenizer.json").write_text(json.dumps(described))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}],
+            }
+        },
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "WhitespaceSplit"}, BYTES],
+            }
+        },
+    ],
+)
+def test_a_step_that_loses_text_is_refused(parts, byte_level_folder, tmp_path):
+    folder = changed(byte_level_folder, tmp_path, **parts)
+    with pytest.raises(UserError, match="does not give its text back .* becomes"):
+        load_tokenizer(folder)
+
+
+def test_text_in_another_form_of_unicode_is_as_transformers_has_it(byte_level_folder, tmp_path):
+    """Qwen's normalizer: nothing a reader could see is lost."""
+    folder = changed(byte_level_folder, tmp_path, normalizer={"type": "NFC"})
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.encode("e\u0301") == theirs("e\u0301")["input_ids"]
+    assert ours.decode(ours.encode("e\u0301")) == "é"
+
+
+@pytest.mark.parametrize("as_it_is", ["added, not special", "not added"])
+def test_tokens_that_the_configuration_names_are_special(as_it_is, byte_level_folder, tmp_path):
+    """As in transformers, whatever ``tokenizer.json`` says of them."""
+    described = json.loads((byte_level_folder / "tokenizer.json").read_text())
+    added = [{**token, "special": False} for token in described["added_tokens"]]
+    added = added if as_it_is == "added, not special" else []
+    folder = changed(byte_level_folder, tmp_path, added_tokens=added)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = ["<|im_start|>"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert set(theirs.all_special_ids) == {0, 1, 2} and ours.vocab_size == len(theirs)
+    ids = theirs.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_rendered(ours.render(TURNS)) == ids
+    assert {0, 1, 2}.isdisjoint(ours.encode("a<|im_end|><|im_start|><|endoftext|>b"))
+
+
+def test_unigram(tmp_path):
+    """Its vocabulary has the special tokens among the others, and takes them for words of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(["to be or not to be </s> that is the question"] * 3, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "that is not the question"
+    assert ours.encode(text) == theirs(text)["input_ids"] and ours.decode(ours.encode(text)) == text
+    with pytest.raises(UserError, match="'é' .position 3. is not in the vocabulary"):
+        ours.encode("to é")
+    with pytest.raises(UserError, match="spells '</s>' .position 3.*special token"):
+        ours.encode("to </s> be")
 
 
 # ---------------------------------------------------------------- out
@@ -218,6 +320,24 @@ def test_gpt2_opens_with_the_same_ids(tiktoken_cache, test_data, tmp_path):
     assert (len(theirs), theirs.eos_token_id) == (50257, 50256)
 
 
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_bpe_opens_with_the_same_ids(pattern, tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        b"th",
+        b"the",
+        b" q",
+        b"ic",
+        b" qu",
+        b" quic",
+    ]
+    ours = BPETokenizer(tokens, pattern, ["<|endoftext|>", "<|user|>"])
+    theirs = transformers.AutoTokenizer.from_pretrained(write(ours, tmp_path))
+    assert theirs(ODD)["input_ids"] == ours.encode(ODD)
+    assert theirs.decode(ours.encode(ODD)) == ODD
+    assert (len(theirs), theirs.eos_token_id) == (264, 262)
+    assert theirs("a<|user|>")["input_ids"] == [97, 263]
+
+
 def test_it_goes_out_as_it_came_in(folder, tmp_path):
     write(load_tokenizer(folder), tmp_path / "out")
     for name in ("tokenizer.json", "chat_template.jinja"):
@@ -255,6 +375,23 @@ def test_a_person_cannot_write_special_tokens(spelled, byte_level_folder):
     assert ours.decode(ids) == text.replace(MARK, "")
 
 
+@pytest.mark.parametrize("special", [["☃"], ["<|a|>", "|>b"]], ids=["one character", "overlapping"])
+def test_nor_special_tokens_of_other_shapes(special, byte_level_folder, tmp_path):
+    folder = shutil.copytree(byte_level_folder, tmp_path / "folder")
+    described = json.loads((folder / "tokenizer.json").read_text())
+    like = described["added_tokens"][0]
+    described["added_tokens"] += [
+        {**like, "id": 320 + n, "content": token} for n, token in enumerate(special)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    ours = load_tokenizer(folder)
+    assert ours.vocab_size == 320 + len(special)
+    said = "".join(special) + "☃<|a|>b"
+    ids = ours.encode_rendered(ours.render([{"role": "user", "content": said}]))
+    assert [id for id in ids if id < 3 or id >= 320] == [1, 2, 1]
+    assert ours.decode(ids) == f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_a_template_is_kept_from_everything_else():
     from almostgpt.data.chat_template import ChatTemplate
 
@@ -271,6 +408,9 @@ def test_a_template_is_kept_from_everything_else():
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ raise_exception('roles must alternate') }}",
         "{{ 1 / 0 }}",
+        "{% include '/etc/hostname' %}",
+        "{{ strftime_now.__globals__ ['json'] }}",
+        "{{ lipsum.__globals__.os }}",
     ):
         with pytest.raises(UserError, match="the chat template cannot write this conversation"):
             ChatTemplate(source, names).render(messages)

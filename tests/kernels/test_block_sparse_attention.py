@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from almostgpt import kernels
 from almostgpt.errors import UserError
 from almostgpt.kernels import BlockPattern, block_sparse_attention, random_blocks
+from almostgpt.kernels import block_sparse_attention_reference as reference_module
 from almostgpt.kernels.block_sparse_attention_reference import reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -319,6 +320,25 @@ def test_memory_grows_with_the_length_and_a_step_does_not_grow():
 
     assert largest(2048) <= 2 * largest(1024)
     assert largest(1024, step=True) == largest(256, step=True)
+
+
+@pytest.mark.parametrize("start", [0, 1])  # by blocks, and each query by itself
+def test_as_many_small_attentions_at_once_as_a_grid_takes(start, monkeypatch):
+    """Blocks may be small and many; PyTorch's kernels for GPUs take their heads by the grid's side."""
+    heads = []
+    attend = reference_module.scaled_dot_product_attention
+
+    def counted(q, *args, **kwargs):
+        heads.append(q.shape[1])
+        return attend(q, *args, **kwargs)
+
+    monkeypatch.setattr(reference_module, "scaled_dot_product_attention", counted)
+    T = 35000
+    pattern = BlockPattern(1, 1, 0, random_blocks(0, 2, T + start, 1, 0, 0))
+    v = torch.randn(1, 2, T + start, 4)
+    y = block_sparse_attention(torch.randn(1, 2, T, 4), v, v, pattern, start=start)
+    assert torch.equal(y, v[:, :, start:])  # of one key that is all there is
+    assert sum(heads) == 2 * T and max(heads) < 2**16
 
 
 @pytest.mark.parametrize("kind", ["whole", "parts", "documents", "alibi"])

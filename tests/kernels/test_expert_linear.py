@@ -91,6 +91,9 @@ def test_the_grouped_product_of_pytorch_is_the_same(counts):
     assert_close(_linear_grouped(x, weight, offsets), y, torch.bfloat16, terms=10)
     assert_close(_linear_grouped(dy, weight.mT, offsets), dx, torch.bfloat16, terms=10)
     assert_close(_weight_grouped(dy, x, offsets), dweight, torch.bfloat16, terms=10)
+    by_column = [t.t().contiguous().t() for t in (x, dy)]  # what is given to it lies row by row
+    assert_close(_linear_grouped(by_column[0], weight, offsets), y, torch.bfloat16, terms=10)
+    assert_close(_weight_grouped(*by_column[::-1], offsets), dweight, torch.bfloat16, terms=10)
 
 
 def test_nothing_of_another_expert_is_in_a_row_or_a_gradient():

@@ -14,7 +14,12 @@ from torch.nn.functional import gelu, silu
 from almostgpt import GPT
 from almostgpt.config_model import resolve_model
 from almostgpt.model.experts import MixtureOfExperts
-from almostgpt.model.quantized import dequantize_rows, quantize, quantize_rows
+from almostgpt.model.quantized import (
+    Int8ExpertLinear,
+    dequantize_rows,
+    quantize,
+    quantize_rows,
+)
 
 
 def layer(seed: int = 0, **options) -> MixtureOfExperts:
@@ -150,9 +155,27 @@ def test_in_8_bits_it_is_the_layer_with_rounded_matrices(expert):
     # Activations of the other matrices go through 16 bits.
     with torch.no_grad():
         torch.testing.assert_close(found, rounded(ids, all_logits=True)[0], rtol=0.02, atol=0.02)
+        one = model(ids[:1, :1])[0], rounded(ids[:1, :1])[0]  # fewer choices than experts
+        torch.testing.assert_close(*one, rtol=0.02, atol=0.02)
     again = GPT(dataclasses.replace(model.config))
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again.eval()(ids, all_logits=True)[0], found)
+
+
+def test_in_8_bits_one_token_takes_its_own_experts_alone():
+    """As all rows together to rounding, though the other experts' matrices are not read."""
+    layer = Int8ExpertLinear(5, 24, 16)
+    layer.fill(torch.randn(5 * 16, 24))
+    torch.nn.init.normal_(layer.bias)
+    x, expert = torch.randn(7, 24), torch.tensor([0, 0, 1, 1, 1, 3, 4])
+    offsets = torch.tensor([2, 5, 5, 6, 7], dtype=torch.int32)
+    with torch.no_grad():
+        whole = layer(x, offsets, expert)
+        layer.weight[2 * 16 : 3 * 16] = 127
+        layer.scales[2 * 16 : 3 * 16] = torch.nan  # whom nobody was sent to
+        few = torch.tensor([0, 3, 5])
+        ends = torch.tensor([1, 2, 2, 3, 3], dtype=torch.int32)
+        torch.testing.assert_close(layer(x[few], ends, expert[few]), whole[few])
 
 
 def test_experts_are_seen_in_the_metrics_and_a_resumed_run_logs_the_same(tmp_path):

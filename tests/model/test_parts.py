@@ -142,6 +142,24 @@ def test_a_prompt_of_many_windows_goes_through_a_ring():
             assert slots == ([18, 18] if pattern == "L" else [18, 128])
 
 
+def test_padding_beyond_the_slots_does_no_harm():
+    """Of rows that fill a cache of block-sparse attention, a pass may hold more columns than slots."""
+    model = make(attention="block_sparse", sparse_block=5)
+    ids, columns = random_ids(2, 7), random_ids(2, 12, seed=1)
+    columns[:, :7] = ids
+    for capacity, new in ((7, [7, 4]), (16, [7, 4])):
+        cache = KVCache.full(model.config, batch=2, capacity=capacity)
+        for layer in cache.layers:  # and what nobody has written yet may be anything
+            layer.keys[..., :8] = layer.values[..., :8] = math.nan
+        with torch.no_grad():
+            whole = model(ids, all_logits=True)[0]
+            found = model(columns, all_logits=True, cache=cache, new_lengths=new)[0]
+            nothing = model(columns, cache=cache, new_lengths=[0, 0])[0]
+        for row, n in enumerate(new):
+            torch.testing.assert_close(found[row, :n], whole[row, :n], rtol=1e-4, atol=1e-4)
+        assert cache.lengths == (7, 4) and nothing.isfinite().all()
+
+
 def gradients(model: GPT) -> dict[str, torch.Tensor]:
     ids = random_ids(2, 17)
     model.train().zero_grad()

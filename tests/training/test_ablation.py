@@ -355,6 +355,27 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(text, capsys, mo
         assert [one[key] for key in compared] == [other[key] for key in compared]
 
 
+def test_killed_in_a_run_it_goes_on_from_the_checkpoint(text, capsys, monkeypatch, trained):
+    assert ablate(NORMS, "--out=whole", seeds=1) == 0
+    whole = result(capsys)
+    trained.clear()
+    step = Trainer.step
+
+    def killed(self, number, lr):
+        if self.config.model.norm == "layernorm" and number == 4:
+            raise SystemExit(137)  # nothing of ours catches it: no file is closed in a better state
+        return step(self, number, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", killed)
+        with pytest.raises(SystemExit):
+            ablate(NORMS, seeds=1)
+    assert ablate(NORMS, seeds=1) == 0
+    assert trained[-1] == ("norm=layernorm", 1337, 2) and len(trained) == 3
+    for one, other in zip(whole["variants"], result(capsys)["variants"], strict=True):
+        assert one["val_loss"] == other["val_loss"]
+
+
 def test_a_variant_that_diverges_or_fails_does_not_stop_the_others(
     text, capsys, monkeypatch, trained
 ):
@@ -419,6 +440,12 @@ def test_it_can_begin_with_the_weights_of_a_model(text, capsys):
     capsys.readouterr()
     assert ablate("--vary=model.feedforward=swiglu,gelu", "--init=source", "--out=no") == 2
     assert "model.feedforward: the weights have 'swiglu'" in capsys.readouterr().err
+
+
+def test_the_folder_is_named_after_what_is_varied(text):
+    vary = [NORMS, "--vary=model.qk_norm=true"]
+    assert main(["ablate", "--data.path=text.txt", "--seeds=1", *TINY, *vary]) == 0
+    assert Path("runs/ablation-norm-qk_norm/results.json").is_file()
 
 
 def test_a_damaged_result_is_named(text, capsys):

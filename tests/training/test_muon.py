@@ -188,7 +188,7 @@ def test_the_matrices_of_experts_are_made_orthogonal_one_by_one():
     )  # fmt: skip
     layer = model.blocks[0].feedforward
     gradients = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for name, parameter in layer.named_parameters():
         parameter.grad = gradients[name].clone()

@@ -302,10 +302,19 @@ def test_the_time_of_a_run_is_made_of_its_parts():
     assert found.evaluation == 4 * 5 * 0.125  # after the steps 30, 60, 90 and 100
     assert found.run == 227.5 and found.ends == "2026-11-22T00:02:47+00:00"
     assert found.tokens_per_second == 8 * 4 * 16 / 2.25
-    only_last = (
-        config_of("quickstart", **settings, **{"training__eval_every": 0}) if False else None
-    )
-    assert only_last is None
+    only_last = config_of("quickstart", **{**settings, "training__eval_every": 0})
+    assert plan.expected_duration(only_last, seconds, begin).evaluation == 5 * 0.125
+
+
+@pytest.mark.parametrize("pattern, layers", [("L", 2), ("LLG", 3), ("LLLLLLLLG", 6)])
+def test_where_few_layers_are_measured_all_that_a_pattern_names_are_among_them(
+    pattern, layers, monkeypatch
+):
+    monkeypatch.setattr(rehearsal, "PASS_SECONDS", 0)
+    monkeypatch.setattr(rehearsal, "REPEAT_SECONDS", 0)
+    parts = {"model__attention": "sliding_window", "model__window_pattern": pattern}
+    config = config_of("shakespeare-char-cpu", **parts, model__n_layer=6)
+    assert rehearsal.step_seconds(config, CPU, most_rows=8).layers == layers
 
 
 def trainer_of(config: Config, folder) -> Trainer:

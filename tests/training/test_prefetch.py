@@ -56,7 +56,7 @@ def test_the_steps_are_the_same_and_so_is_what_is_saved(make_trainer):
     one, other = (checkpoint.newest(trainer.run) for trainer in (plain, threaded))
     assert weights(one) == weights(other)
     assert checkpoint.read(one).state["loader"] == checkpoint.read(other).state["loader"]
-    assert checkpoint.read(other).state["loader"]["batch"] == 24
+    assert checkpoint.read(other).state["loader"]["row"] == 24 * 4
 
 
 def test_a_signal_ends_it_and_the_resumed_run_is_the_uninterrupted_one(make_trainer):
