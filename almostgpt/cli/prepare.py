@@ -11,7 +11,8 @@ import tyro
 
 from almostgpt.cli.arguments import parse
 from almostgpt.config import Config, DataConfig, overlay, resolve
-from almostgpt.data.prepare import dropped_from, prepare
+from almostgpt.data.manifest import dropped_from
+from almostgpt.data.prepare import prepare
 
 DESCRIPTION = """Tokenizes text into shards that training reads in place (--data.path OUT).
 `almostgpt train` does so by itself, into a cache folder; this command is for sets that you keep.

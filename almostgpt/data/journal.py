@@ -40,7 +40,7 @@ class Journal:
     keys: int = 0  # how many of SEEN count
     val_limit: float | None = None  # split by document: places below validate
     survey: Survey = field(default_factory=Survey)
-    runs: dict[str, Any] = field(default_factory=dict)  # TokenRun.state by name
+    runs: dict[str, Any] = field(default_factory=dict)  # RunWriter.state by name
     encoded: bool = False  # the source is at its end, and all runs are finished
 
     def write(self, folder: Path) -> None:

@@ -25,6 +25,7 @@ from almostgpt.data.dataset import Dataset, digest_of, is_prepared, open_dataset
 from almostgpt.data.encoding import SourceChanged, encode_source
 from almostgpt.data.journal import JOURNAL, Journal, occupied
 from almostgpt.data.loader import document_start
+from almostgpt.data.manifest import dropped_from, options, source_entry, write_manifest
 from almostgpt.data.mixture import Mixture
 from almostgpt.data.progress import say
 from almostgpt.data.shards import MAX_TOKENS
@@ -40,7 +41,7 @@ from almostgpt.data.tokenizer import (
 )
 from almostgpt.data.workers import workers_for
 from almostgpt.errors import UserError
-from almostgpt.files import expand, fsync_folder, replacing, sha256_of
+from almostgpt.files import expand, fsync_folder
 
 
 def cache_folder() -> Path:
@@ -97,8 +98,8 @@ def cached_dataset(
     """The data of a configuration, ready to train on; prepared in the cache the first time.
 
     A prepared folder in ``data.path`` is opened as it is, with its own tokenizer, and so is each of a
-    ``data.mixture``. Otherwise the
-    cache is keyed by the content of the text, the tokenizer and the split options.
+    ``data.mixture``. Otherwise the cache is keyed by the content of the text, the tokenizer and the
+    split options.
 
     Args:
         tokenizer: of a model that is there already, which takes the place of ``data.tokenizer``.
@@ -127,18 +128,12 @@ def cached_dataset(
     survey = survey_documents(data, cache, workers, progress)
     if tokenizer is None:
         tokenizer = build_tokenizer(data.tokenizer, [survey.alphabet])
-    document_start(
-        data.documents, tokenizer, data.sampling
-    )  # refused now, rather than when all is prepared
-    folder = cache / "datasets" / _options(data, survey, tokenizer)["fingerprint"][:32]
+    # Refused now, rather than when all is prepared.
+    document_start(data.documents, tokenizer, data.sampling)
+    folder = cache / "datasets" / options(data, survey, tokenizer)["fingerprint"][:32]
     if (folder / prepared.FILE_NAME).is_file():
         return open_dataset(folder, progress=progress)
     return _Preparation(data, tokenizer, survey, folder, cache, workers, progress).run(shared=True)
-
-
-def dropped_from(folder: Path) -> dict[str, int]:
-    """How many documents a prepared folder left out, by the reason; older folders do not say."""
-    return json.loads((folder / prepared.FILE_NAME).read_bytes()).get("dropped", {})
 
 
 def _refuse_reading_options(data: DataConfig) -> None:
@@ -215,7 +210,7 @@ class _Preparation:
             ) from error
         dataset = open_dataset(self.out, progress=self.progress)
         if self.survey is not None:
-            wanted = _options(self.data, self.survey, self.tokenizer)["fingerprint"]
+            wanted = options(self.data, self.survey, self.tokenizer)["fingerprint"]
             if dataset.fingerprint != wanted:
                 raise UserError(
                     f"{self.out}: another process prepared other data here; choose another folder"
@@ -275,9 +270,9 @@ class _Preparation:
                 for number, shard in enumerate(run.shards)
             ]
             survey = journal.survey
-            _write_manifest(
-                _source(self.data, self.source, survey),
-                _options(self.data, survey, self.tokenizer),
+            write_manifest(
+                source_entry(self.data, self.source, survey),
+                options(self.data, survey, self.tokenizer),
                 survey.dropped,
                 entries,
                 self.tokenizer,
@@ -364,21 +359,6 @@ class _Preparation:
             say(f"what is finished is kept in {folder}; the same command goes on", self.progress)
 
 
-def _options(data: DataConfig, survey: Survey, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How a dataset is made; equal fingerprints mean byte-identical shards."""
-    options = {
-        "split": data.split,
-        "val_fraction": data.val_fraction,
-        "shard_tokens": data.shard_tokens,
-        "content_sha256": survey.sha256,
-    }
-    vocabulary = {"kind": tokenizer.name, **tokenizer.settings()}
-    return {
-        **options,
-        "fingerprint": digest_of({"format": prepared.FORMAT, **options, "tokenizer": vocabulary}),
-    }
-
-
 def _cut_tail(run: RunWriter, val_fraction: float) -> dict[str, RunWriter]:
     """Makes the shards of both splits from those of the whole run.
 
@@ -400,47 +380,3 @@ def _cut_tail(run: RunWriter, val_fraction: float) -> dict[str, RunWriter]:
             split.append(tokens)
         split.finish()
     return {"train": train, "val": val}
-
-
-def _source(data: DataConfig, source: Source, survey: Survey) -> dict[str, Any]:
-    where = {"corpus": data.corpus} if data.path is None else {"path": data.path}
-    return {
-        **where,
-        "kind": source.kind,
-        "column": data.column,
-        "min_length": data.min_length,
-        "deduplicate": data.deduplicate,
-        "normalize": data.normalize,
-        "documents": survey.documents,
-        "characters": survey.characters,
-    }
-
-
-def _write_manifest(
-    source: dict[str, Any],
-    options: dict[str, Any],
-    dropped: dict[str, int],
-    shards: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    folder: Path,
-) -> None:
-    tokenizer_file = tokenizer.save(folder)
-    manifest = {
-        "format": prepared.FORMAT,
-        "tokenizer": {
-            "kind": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "sha256": sha256_of(tokenizer_file),
-        },
-        "source": source,
-        "options": options,
-        "dropped": dropped,
-        "tokens": {
-            split: sum(entry["tokens"] for entry in shards if entry["split"] == split)
-            for split in prepared.SPLITS
-        },
-        "shards": shards,
-    }
-    manifest["sha256"] = digest_of(manifest)
-    with replacing(folder / prepared.FILE_NAME) as file:
-        file.write(json.dumps(manifest, indent=1).encode() + b"\n")

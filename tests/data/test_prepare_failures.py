@@ -27,7 +27,7 @@ def test_two_writers_at_once_agree(text_file, tmp_path, monkeypatch):
     """Both looked into the empty cache: one does the work, the other waits for it."""
     data, cache = DataConfig(path=str(text_file)), tmp_path / "cache"
     barrier, results, written = threading.Barrier(2, timeout=20), [], []
-    build_tokenizer, write_manifest = preparation.build_tokenizer, preparation._write_manifest
+    build_tokenizer, write_manifest = preparation.build_tokenizer, preparation.write_manifest
 
     def together(*args):  # after the survey, before the folder is looked for
         barrier.wait()
@@ -39,7 +39,7 @@ def test_two_writers_at_once_agree(text_file, tmp_path, monkeypatch):
         write_manifest(*args)
 
     monkeypatch.setattr(preparation, "build_tokenizer", together)
-    monkeypatch.setattr(preparation, "_write_manifest", slowly)
+    monkeypatch.setattr(preparation, "write_manifest", slowly)
     threads = [
         threading.Thread(target=lambda: results.append(cached_dataset(data, cache, False)))
         for _ in range(2)
@@ -64,7 +64,7 @@ def test_two_writers_of_one_folder(text_file, tmp_path, monkeypatch):
         other.append(error)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "_write_manifest", meanwhile)
+    monkeypatch.setattr(preparation, "write_manifest", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         prepare(data, tmp_path / "out", progress=False)
     assert len(other) == 1
@@ -154,7 +154,7 @@ def test_interruption_keeps_what_is_finished(text_file, poem, tmp_path, monkeypa
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "_write_manifest", interrupted)
+    monkeypatch.setattr(preparation, "write_manifest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data, tmp_path / "out")
     assert "is kept in" in capsys.readouterr().err.splitlines()[-1]
