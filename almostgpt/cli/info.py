@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -98,6 +99,7 @@ def collect(device: torch.device) -> dict[str, Any]:
         | {
             "cpu": ", ".join(kernels.cpu.available()) or "none",
             "emulator": kernels.emulator.refuse() or "built",
+            "BPE trainer": "built" if importlib.util.find_spec("almostgpt._bpe") else "not built",
         },
         "ops": {
             name: _explain(name, args, kwargs) for name, args, kwargs in _example_calls(device)
