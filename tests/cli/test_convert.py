@@ -117,7 +117,7 @@ def test_training_data_by_the_tokenizer_of_a_folder(theirs, tmp_path, text, caps
     dataset = open_dataset("tokens", progress=False)
     _, fast = theirs
     expected = fast(text.read_text(encoding="utf-8"))["input_ids"]
-    found = [id for shard in (*dataset.train, *dataset.val) for id in shard.tolist()]
+    found = [id for shard in (*dataset.train, *dataset.val) for id in shard[:].tolist()]
     assert found == expected and found[0] == 0
 
 
