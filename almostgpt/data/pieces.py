@@ -160,8 +160,15 @@ def receive(file: BinaryIO) -> tuple[dict[str, Any], list[bytes]] | None:
     length = file.read(8)
     if len(length) < 8:
         return None
-    header = json.loads(file.read(struct.unpack("<Q", length)[0]))
-    return header, [file.read(size) for size in header["sizes"]]
+    size = struct.unpack("<Q", length)[0]
+    encoded = file.read(size)
+    if len(encoded) < size:  # it went in the middle of a message
+        return None
+    header = json.loads(encoded)
+    buffers = [file.read(size) for size in header["sizes"]]
+    if any(len(b) < size for b, size in zip(buffers, header["sizes"], strict=True)):
+        return None
+    return header, buffers
 
 
 def send_blocks(file: BinaryIO, blocks: Sequence[Block]) -> None:

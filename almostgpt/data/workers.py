@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -171,10 +172,11 @@ def serve() -> None:
         return
     task, folder = Task(**first[0]["task"]), first[0]["tokenizer"]
     tokenizer = None if folder is None else load_tokenizer(folder)
-    while (message := receive(source)) is not None:
-        try:
-            piece = make_piece(task, tokenizer, received_blocks(*message))
-        except UserError as error:
-            send(sink, {"error": str(error)})
-        else:
-            send_piece(sink, piece)
+    with suppress(BrokenPipeError):  # nobody is there to take it: the process that asked was killed
+        while (message := receive(source)) is not None:
+            try:
+                piece = make_piece(task, tokenizer, received_blocks(*message))
+            except UserError as error:
+                send(sink, {"error": str(error)})
+            else:
+                send_piece(sink, piece)
