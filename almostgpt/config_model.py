@@ -96,11 +96,8 @@ class GPTConfig:
         """Keys that a token of this layer sees, itself among them; None: all before it."""
         if self.attention != "sliding_window":
             return None
-        return (
-            self.attention_window
-            if self.window_pattern[layer % len(self.window_pattern)] == "L"
-            else None
-        )
+        local = self.window_pattern[layer % len(self.window_pattern)] == "L"
+        return self.attention_window if local else None
 
 
 # Whose setting each is: the place of the part, the part (or, of rope, the kind of scaling), and what it is

@@ -18,6 +18,7 @@ Source: Zaheer et al., "Big Bird: Transformers for Longer Sequences", arXiv:2007
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from almostgpt.errors import UserError
 from almostgpt.kernels.attention_options import check_scores
+from almostgpt.kernels.autocast import in_autocast_dtype
 from almostgpt.kernels.block_sparse_attention_reference import reference
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.flash_attention_reference import Options
@@ -150,21 +152,15 @@ def block_sparse_attention(
     }
     if not all(isinstance(tensor, Tensor) for tensor in (q, k, v)):
         raise UserError("block_sparse_attention: q, k and v must be tensors")
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return BLOCK_SPARSE_ATTENTION(q, k, v, pattern, **options)
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in (q, k, v))
-    with torch.autocast(device, enabled=False):  # scores with ALiBi are in float32
-        return BLOCK_SPARSE_ATTENTION(q, k, v, pattern, **options)
+    run = partial(BLOCK_SPARSE_ATTENTION, pattern=pattern, **options)
+    return in_autocast_dtype(run, q, k, v)
 
 
 # --- checks --------------------------------------------------------------------------------------
 
 
-def _shapes(
-    *tensors: Tensor,
-) -> str:  # made where one is wrong: a compiler cannot, of sizes it does not know
+def _shapes(*tensors: Tensor) -> str:
+    """Made where one is wrong: a compiler cannot, of sizes that it does not know."""
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from almostgpt.errors import UserError
+from almostgpt.kernels.autocast import in_autocast_dtype
 from almostgpt.kernels.dispatch import Kernel, Op
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_GROUPED_ON = (
-    9,
-    10,
-)  # generations on which PyTorch's grouped product does not wait for the offsets
+# Generations of cards on which PyTorch's grouped product does not wait for the offsets.
+_GROUPED_ON = (9, 10)
 
 
 def expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -45,11 +44,7 @@ def expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     if not all(isinstance(tensor, Tensor) for tensor in (x, weight, offsets)):
         raise UserError("expert_linear: x, weight and offsets must be tensors")
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = (t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in (x, weight))
-    return EXPERT_LINEAR(x, weight, offsets)
+    return in_autocast_dtype(EXPERT_LINEAR, x, weight, offsets)
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:

@@ -30,6 +30,8 @@ softcap, Gemma 2, arXiv:2408.00118; ALiBi, Press et al., arXiv:2108.12409; windo
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -41,6 +43,7 @@ from almostgpt.kernels.attention_options import (
     refuse_heads,
     refuse_scores,
 )
+from almostgpt.kernels.autocast import in_autocast_dtype
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.flash_attention_reference import (
@@ -119,13 +122,7 @@ def flash_attention(
     }
     if not all(isinstance(tensor, Tensor) for tensor in (q, k, v)):
         raise UserError("flash_attention: q, k and v must be tensors")
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return FLASH_ATTENTION(q, k, v, **options)
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in (q, k, v))
-    with torch.autocast(device, enabled=False):  # the maths of the reference is in float32
-        return FLASH_ATTENTION(q, k, v, **options)
+    return in_autocast_dtype(partial(FLASH_ATTENTION, **options), q, k, v)
 
 
 def _check(q, k, v, **options) -> None:

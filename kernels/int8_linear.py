@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import cpu
+from almostgpt.kernels.autocast import autocast_dtype
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 
@@ -48,11 +49,10 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
     Raises:
         UserError: shapes, dtypes or devices that do not fit together, or a gradient asked for.
     """
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if (dtype := autocast_dtype(x)) is None:
         return INT8_LINEAR(x, weight, scales, bias)
-    with torch.autocast(device, enabled=False):
-        return INT8_LINEAR(x.to(torch.get_autocast_dtype(device)), weight, scales, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return INT8_LINEAR(x.to(dtype), weight, scales, bias)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

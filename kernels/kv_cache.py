@@ -41,6 +41,7 @@ from almostgpt.kernels.attention_options import (
     refuse_heads,
     refuse_scores,
 )
+from almostgpt.kernels.autocast import autocast_dtype
 from almostgpt.kernels.cpu import cpu_kernel
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
@@ -135,11 +136,10 @@ def _autocast_dtype(q: Tensor, layer: KVLayer) -> torch.dtype | None:
 
     Without it tensors stay as they are, and a dtype that does not fit is an error.
     """
-    device = q.device.type if isinstance(q, Tensor) else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not isinstance(q, Tensor) or (dtype := autocast_dtype(q)) is None:
         return None
     stored = layer.keys.dtype
-    return torch.get_autocast_dtype(device) if stored == torch.int8 else stored
+    return dtype if stored == torch.int8 else stored
 
 
 # --- checks --------------------------------------------------------------------------------------

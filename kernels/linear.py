@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from almostgpt.errors import UserError
 from almostgpt.kernels import cpu
+from almostgpt.kernels.autocast import autocast_dtype
 from almostgpt.kernels.dispatch import Kernel, Op
 
 # Beyond them PyTorch's matrix product is as fast or faster; see docs/cpu.md.
@@ -50,12 +51,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
             continue
         if tensor.device != x.device:
             raise UserError(f"linear: x is on {x.device} and {name} on {tensor.device}")
-        if tensor.dtype != x.dtype and not _autocasts(x):
+        if tensor.dtype != x.dtype and autocast_dtype(x) is None:
             raise UserError(f"linear: x is {x.dtype} and {name} {tensor.dtype}")
-
-
-def _autocasts(x: Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _fake(x, weight, bias):

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from almostgpt.errors import UserError
+from almostgpt.kernels.autocast import in_autocast_dtype
 from almostgpt.kernels.dispatch import Kernel, Op
 from almostgpt.kernels.values import outside, unread
 
@@ -111,13 +112,11 @@ def linear_attention(
         raise UserError(
             "linear_attention: q, k and v must be tensors, and normalizer two of them or None"
         )
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return LINEAR_ATTENTION(q, k, v, normalizer=normalizer, **options)
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v, *others = (t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in tensors)
-    with torch.autocast(device, enabled=False):  # the sums are in float32
-        return LINEAR_ATTENTION(q, k, v, normalizer=tuple(others) or None, **options)
+
+    def run(q, k, v, *others):
+        return LINEAR_ATTENTION(q, k, v, normalizer=others or None, **options)
+
+    return in_autocast_dtype(run, *tensors)
 
 
 # --- checks --------------------------------------------------------------------------------------

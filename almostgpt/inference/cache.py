@@ -197,7 +197,7 @@ class KVCache:
         endless, block_size = model.endless, config.block_size
         if tokens is not None and tokens > block_size:
             if not endless:
-                raise UserError(past_the_positions(tokens, config, model.position.endless))
+                raise UserError(past_the_positions(tokens, model))
             if kind == "full":
                 raise UserError(
                     f"{tokens} tokens, prompt and new ones together, do not fit: a full cache ends at "
@@ -411,9 +411,7 @@ class KVCache:
         self._new = [0] * len(self._lengths)
         self._new_lengths: Tensor | None = None
         self._parts: dict[Slots, list[Part]] = {}
-        self._overwrites = (
-            False  # whether the pass takes slots of tokens still seen, or adds to sums
-        )
+        self._overwrites = False  # whether the pass takes slots still seen, or adds to sums
         self._spoiled = False  # whether one did, and did not end; or a graph did not
 
     # ------------------------------------------------------------ on the host

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from almostgpt.config_model import GPTConfig
 from almostgpt.errors import UserError, not_one_of
+
+if TYPE_CHECKING:
+    from almostgpt.model import GPT
 
 KINDS = ("auto", "full", "rolling", "int8", "none")
 SINK_TOKENS = 4  # what Xiao et al. found to be enough
@@ -18,15 +23,13 @@ MATTERS = (
 )
 
 
-def past_the_positions(tokens: int, config: GPTConfig, endless_positions: bool = False) -> str:
+def past_the_positions(tokens: int, model: GPT) -> str:
     """What to say of more tokens than there are positions, or than block-sparse attention reaches."""
-    what = f"{config.attention} attention ends"
-    if not endless_positions:
-        what = f"{config.position} positions end"
+    block_size = model.config.block_size
     return (
-        f"{tokens} tokens, prompt and new ones together, do not fit: the model's {what} at "
-        f"{config.block_size}. Ask for fewer, or give cache=none, which computes the "
-        f"last {config.block_size} anew for every token"
+        f"{tokens} tokens, prompt and new ones together, do not fit: the model's {model.what_ends} at "
+        f"{block_size}. Ask for fewer, or give cache=none, which computes the last {block_size} anew for "
+        "every token"
     )
 
 

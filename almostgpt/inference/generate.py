@@ -194,4 +194,4 @@ def check_given(
             f"{tokens} tokens, prompt and new ones together, do not fit: the cache ends at {cache.end}"
         )
     if not model.endless and tokens > model.config.block_size:
-        raise UserError(past_the_positions(tokens, model.config, model.position.endless))
+        raise UserError(past_the_positions(tokens, model))

@@ -109,7 +109,16 @@ class GPT(nn.Module):
     @property
     def endless(self) -> bool:
         """Whether it can go on beyond ``block_size`` over a cache."""
-        return self.position.endless and ATTENTIONS[self.config.attention].endless
+        return self.what_ends is None
+
+    @property
+    def what_ends(self) -> str | None:
+        """Such as "learned positions end", of what ends at ``block_size`` over a cache, too; or None."""
+        if not self.position.endless:
+            return f"{self.config.position} positions end"
+        if not ATTENTIONS[self.config.attention].endless:
+            return f"{self.config.attention} attention ends"
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -224,14 +233,11 @@ class GPT(nn.Module):
             raise UserError(f"the cache is of {len(cached)} sequences, but ids of {B}")
         if self.endless:
             return
-        ends = f"{self.config.position} positions end"
-        if self.position.endless:
-            ends = f"{self.config.attention} attention ends"
         for before, new in zip(cached, new_lengths or [T] * B, strict=True):
             if before + new > self.config.block_size:
                 raise UserError(
                     f"{new} tokens after {before} cached ones are more than the model's block_size of "
-                    f"{self.config.block_size}, where {ends}: shorten the sequence"
+                    f"{self.config.block_size}, where {self.what_ends}: shorten the sequence"
                 )
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class Position(nn.Module):
         """Puts positions into queries and keys, one head after the other: (B, T, heads, D)."""
         return qk
 
-    def rotate_anywhere(self, qk: Tensor, positions: Tensor) -> Tensor:
-        """``rotate`` for positions (B, T) int64 that may be beyond block_size, where no table is."""
+    def rotate_anywhere(self, positions: Tensor, *qk: Tensor) -> tuple[Tensor, ...]:
+        """``rotate`` of each, by positions (B, T) int64 that may be beyond block_size, where no table is."""
         return qk
 
 
@@ -125,10 +125,11 @@ class RotaryPosition(_Constant, Position):
         at = positions.start if isinstance(positions, slice) else positions
         return kernels.rope(qk, self.cos, self.sin, at)
 
-    def rotate_anywhere(self, qk: Tensor, positions: Tensor) -> Tensor:
+    def rotate_anywhere(self, positions: Tensor, *qk: Tensor) -> tuple[Tensor, ...]:
         angles = angles_at(positions.reshape(-1), self.turns)
+        cos, sin = angles.cos().float(), angles.sin().float()
         row = torch.arange(positions.numel(), device=positions.device).view(positions.shape)
-        return kernels.rope(qk, angles.cos().float(), angles.sin().float(), row)
+        return tuple(kernels.rope(x, cos, sin, row) for x in qk)
 
 
 class AlibiPosition(_Constant, Position):

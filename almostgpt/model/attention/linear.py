@@ -42,22 +42,25 @@ class LinearAttention(Attention):
     def uncached(
         self, heads: Tensor, position: Position, positions: Positions, cu_seqlens: Tensor | None
     ) -> Tensor:
+        def rotate(*qk: Tensor) -> tuple[Tensor, ...]:
+            return tuple(position.rotate(x, positions) for x in qk)
+
         documents = None if cu_seqlens is None else document_numbers(positions)
-        return self._attend(
-            heads, partial(position.rotate, positions=positions), documents=documents
-        )
+        return self._attend(heads, rotate, documents=documents)
 
     def cached(self, heads: Tensor, position: Position, positions: Tensor, cache: Cache) -> Tensor:
         state, new_lengths = cache.state(self.layer)
-        rotate = partial(position.rotate_anywhere, positions=positions)
+        rotate = partial(position.rotate_anywhere, positions)
         return self._attend(heads, rotate, state=state, new_lengths=new_lengths)
 
-    def _attend(self, heads: Tensor, rotate: Callable[[Tensor], Tensor], **options) -> Tensor:
+    def _attend(
+        self, heads: Tensor, rotate: Callable[..., tuple[Tensor, ...]], **options
+    ) -> Tensor:
         q, k, v = self.normed(heads)
         q, k = self.features(q), self.features(k)
         if self.rotates:
             options["normalizer"] = by_head(q, k)
-            q, k = rotate(q), rotate(k)
+            q, k = rotate(q, k)
         return kernels.linear_attention(*by_head(q, k, v), **options)
 
     def flops(self, tokens: int) -> float:
