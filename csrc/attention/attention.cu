@@ -34,6 +34,12 @@ int plan_backward(const AttentionShape& shape, bool deterministic, const Card& c
 int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void* stream) {
   Card card;
   if (const int error = current_card(card)) return error;
+#if defined(ALMOSTGPT_SM90)
+  if (is_for_hopper(inputs, card))
+    return with_width(inputs.shape.head_dim, [&](auto width) {
+      return attention_forward_sm90<width()>(inputs, out, lse, card, stream);
+    });
+#endif
   return with_width(inputs.shape.head_dim, [&](auto width) {
     return attention_forward_sm80<width()>(inputs, out, lse, card, stream);
   });

@@ -48,7 +48,7 @@ struct Schedule {
     const int here = min(group_heads, heads - first), place = block - first * tiles;
     return {place / here, first + place % here};
   }
-  unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads); }
+  HOST_DEVICE unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads); }
 };
 
 // Half of the L2 cache of an A100; what passes through it meanwhile has the other half.

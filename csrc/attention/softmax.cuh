@@ -32,6 +32,15 @@ struct OnlineSoftmax {
   // Turns scores into exp2(factor (score - base)). Where the base moves, `out` moves along.
   template <int column_tiles, int out_tiles>
   DEVICE void add(float (&scores)[row_tiles][column_tiles][4], float (&out)[row_tiles][out_tiles][4], float factor) {
+    exponentiate(scores, factor, [&](int r, int half, float shrink) {
+      UNROLL for (int c = 0; c < out_tiles; ++c)
+        UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[r][c][e] *= shrink;
+    });
+  }
+  // The same for a caller whose sums cannot be touched yet: moved(r, half, shrink) says what they are to be
+  // multiplied by, where the base of a row of the warp has moved.
+  template <int column_tiles, class Moved>
+  DEVICE void exponentiate(float (&scores)[row_tiles][column_tiles][4], float factor, Moved moved) {
     UNROLL for (int r = 0; r < row_tiles; ++r)
       UNROLL for (int half = 0; half < 2; ++half) {
         float top = kMinusInfinity;  // of this lane's columns
@@ -40,8 +49,7 @@ struct OnlineSoftmax {
         if (const uint32_t moving = ballot((top - base[r][half]) * factor > kSlack)) {
           const float shrink = move(base[r][half], top, factor, moving);
           sum[r][half] *= shrink;
-          UNROLL for (int c = 0; c < out_tiles; ++c)
-            UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[r][c][e] *= shrink;
+          moved(r, half, shrink);
         }
         // Before a row sees anything, any finite number will do.
         const float offset = base[r][half] == kMinusInfinity ? 0.0f : base[r][half] * factor;

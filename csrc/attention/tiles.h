@@ -51,6 +51,72 @@ constexpr int with_forward_tile(int shared_bytes, F f) {
   }
 }
 
+// Of Hopper's forward: `consumers` warpgroups with 64 rows of queries each, and one that fetches for them.
+// Keys and values have `stages` places each in shared memory. Up to width 128 the warpgroups take turns at
+// the tensor cores, so that one computes its softmax while another multiplies; at 256 the products of one
+// are four times as long as its softmax, and nothing is to be gained.
+template <int head_dim_, int consumers_, int keys_, int stages_ = 2>
+struct HopperForwardTile {
+  static constexpr int head_dim = head_dim_, consumers = consumers_, keys = keys_, stages = stages_;
+  static constexpr int group_rows = 64;  // of a warpgroup: what a wgmma has
+  static constexpr int queries = group_rows * consumers;
+  static constexpr int threads = 128 * (1 + consumers);
+  static constexpr bool take_turns = head_dim <= 128;
+  // Of 65,536 registers, in eights: setmaxnreg moves them from the producer, who needs few, to the consumers.
+  static constexpr int producer_registers = consumers == 2 ? 24 : 32;
+  static constexpr int consumer_registers = consumers == 2 ? 240 : 160;
+  static_assert(128 * (producer_registers + consumers * consumer_registers) <= 65536);
+  static constexpr uint32_t query_bytes = queries * head_dim * 2;
+  static constexpr uint32_t key_bytes = keys * head_dim * 2;
+  static constexpr uint32_t barrier_bytes = 16 * (1 + 2 * stages) + 16;  // and what tiles come
+  // Where there is room, out has a place of its own, and the next queries come while it is being written;
+  // else it takes that of the queries.
+  static constexpr uint32_t least_bytes = query_bytes + 2 * stages * key_bytes + barrier_bytes;
+  static constexpr bool out_apart = least_bytes + query_bytes <= 227 * kKiB;
+  static constexpr uint32_t shared_bytes = least_bytes + (out_apart ? query_bytes : 0);
+  static_assert(shared_bytes <= 227 * kKiB);
+};
+
+// A step costs about so many keys more than it has, in barriers, votes and rows' tops (an estimate).
+constexpr int kStepKeys = 12;
+constexpr int64_t hopper_steps_cost(int64_t keys, int tile_keys) {
+  return (keys + tile_keys - 1) / tile_keys * (tile_keys + kStepKeys);
+}
+
+// Calls f with the tile. Where every query sees all keys, wide tiles of keys save steps; where the range of
+// keys ends within a tile, in causal attention say, narrow ones waste less of the last. A score that is bent
+// (`plain` is false) takes more registers: 160 a thread are too few for 128 keys, and 240 for 160.
+// scripts/attention_tiles.py lists what else there is room for, and what it would cost.
+template <int head_dim, bool plain, class F>
+constexpr int with_hopper_forward_tile(bool all_keys, int64_t keys, F f) {
+  if constexpr (head_dim == 64) {
+    return f(HopperForwardTile<64, plain ? 3 : 2, 128>());
+  } else if constexpr (head_dim == 128) {
+    if constexpr (plain) {
+      if (all_keys && hopper_steps_cost(keys, 160) < hopper_steps_cost(keys, 128))
+        return f(HopperForwardTile<128, 2, 160>());
+    }
+    return f(HopperForwardTile<128, 2, 128>());
+  } else {
+    static_assert(head_dim == 256);
+    return f(HopperForwardTile<256, 2, 80>());
+  }
+}
+
+// Query heads that read one key head may be packed into one tile of queries, `pack` of them: rows are then
+// tokens times heads. Worth it where tiles of a head alone would be mostly empty, as with few queries; a
+// pack divides 64 rows, and the heads that share. The largest that saves a tenth of the rows.
+constexpr int hopper_pack(int queries, int sharing, int tile_queries) {
+  const auto rows = [=](int64_t pack) {  // of a head, computed
+    const int64_t tiles = (queries * pack + tile_queries - 1) / tile_queries;
+    return static_cast<double>(tiles * tile_queries) / static_cast<double>(pack);
+  };
+  int best = 1;
+  for (int pack = 2; pack <= 64 && sharing % pack == 0; pack *= 2)
+    if (rows(pack) < 0.9 * rows(best)) best = pack;
+  return best;
+}
+
 // A block has `keys` keys of one head; the queries and the gradients of their outputs pass by in tiles
 // of `queries`, in `stages`. Each warp has its own keys, and, where a warp's registers do not hold dK
 // and dV of 16 keys, `depth_parts` warps share their keys, each with a part of the columns; they all

@@ -1,0 +1,3 @@
+#include "attention/forward_sm90.cuh"
+
+template int almostgpt::attention_forward_sm90<64>(const AttentionInputs&, Heads, float*, const device::Card&, void*);

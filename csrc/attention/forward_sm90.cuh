@@ -1,0 +1,367 @@
+// FlashAttention forward for Hopper: TMA, wgmma, and warpgroups that specialise (Shah et al., "FlashAttention-3",
+// arXiv:2407.08608).
+//
+// One thread, the producer, asks TMA for tiles of queries, keys and values. Two or three warpgroups, the
+// consumers, have 64 rows of queries each. In a step a consumer starts two products, the scores of this tile
+// of keys and the output of the tile before, and while they run computes the softmax of the scores as soon as
+// they are there. The consumers take turns to start theirs, so that the tensor cores multiply for one while
+// another computes exponentials. Blocks stay, as many as there are multiprocessors, and go from one tile of
+// queries to the next: the queries and the first keys of the next come while this one ends.
+// docs/attention.md walks through.
+#pragma once
+
+#include "attention/forward.cuh"
+#include "attention/fragments.cuh"
+#include "attention/pipeline_sm90.cuh"
+#include "attention/softmax.cuh"
+#include "attention/warpgroup_sm90.cuh"
+
+namespace almostgpt {
+
+struct HopperForwardArgs {
+  TensorMap q, k, v, out;
+  Global<float> lse;  // (batch, heads, queries)
+  Mask mask;
+  ScoreArgs scores;
+  Global<const float> sink_logits;
+  Schedule schedule;  // of packs of heads
+  int heads, packs, sharing;  // packs: of a batch entry; sharing: those of one key head
+  int pack_bits;  // log2 of the heads in a pack. Row r of a pack is token r >> pack_bits
+
+  DEVICE int rows() const { return mask.queries << pack_bits; }
+  DEVICE int token(int row) const { return min(row, rows() - 1) >> pack_bits; }  // beyond the last: the last
+  DEVICE Range keys_of(int row) const { return mask.keys_of(token(row)); }
+  // From the first that the first row sees to the last that the last row does, in tiles.
+  DEVICE Range tiles_of(int first_row, int last_row, int tile_keys) const {
+    const int begin = keys_of(first_row).begin, end = keys_of(last_row).end;
+    return end > begin ? Range{begin / tile_keys, (end + tile_keys - 1) / tile_keys} : Range{0, 0};
+  }
+};
+
+// What a block works on, one after another. Block b has the b-th of each round, from the left and from the
+// right in turn: the works of a round are ordered by length, and so nobody has the longer end of each.
+struct HopperWork {
+  int batch, pack, kv_head, first_row;
+  bool there;
+
+  DEVICE HopperWork(const HopperForwardArgs& a, int round, int tile_rows) {
+    const int place = round % 2 == 0 ? block_x() : grid_x() - 1 - block_x();
+    const int64_t index = int64_t{round} * grid_x() + place;
+    there = index < a.schedule.blocks();
+    const Schedule::Work work = a.schedule.work(there ? static_cast<int>(index) : 0);
+    batch = work.head / a.packs, pack = work.head % a.packs, kv_head = pack / a.sharing;
+    first_row = (a.schedule.tiles - 1 - work.tile) * tile_rows;  // the last see the most
+  }
+};
+
+template <class Tile>
+struct HopperForwardShared {
+  Ring<1, Tile::query_bytes> queries;
+  Ring<Tile::stages, Tile::key_bytes> keys, values;
+  shared_addr out;    // a tile like the queries', or their own
+  shared_addr tiles;  // a Range: which tiles of keys come for the queries that are there
+
+  DEVICE HopperForwardShared() {
+    shared_addr next = shared_base();
+    const auto take = [&](uint32_t bytes) { return next += bytes, next - bytes; };
+    queries.tiles = take(queries.all_bytes);
+    keys.tiles = take(keys.all_bytes);
+    values.tiles = take(values.all_bytes);
+    out = Tile::out_apart ? take(Tile::query_bytes) : queries.tiles;
+    queries.barriers = take(queries.barrier_bytes);
+    keys.barriers = take(keys.barrier_bytes);
+    values.barriers = take(values.barrier_bytes);
+    tiles = take(sizeof(Range));
+  }
+};
+
+// One thread. Tiles come in the order in which they are used: the scores are a tile ahead of the output.
+template <class Tile>
+DEVICE void produce(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared) {
+  constexpr int panels = Tile::head_dim / 64;
+  uint32_t use = 0;
+  for (int round = 0;; ++round) {
+    const HopperWork work(a, round, Tile::queries);
+    if (!work.there) return;
+    const Range tiles = a.tiles_of(work.first_row, work.first_row + Tile::queries - 1, Tile::keys);
+
+    const auto fetch = [&](const auto& ring, const TensorMap& map, uint32_t its_use, int tile) {
+      const auto place = ring.at(its_use);
+      place.wait_until_empty();
+      place.expect_bytes();
+      UNROLL for (int panel = 0; panel < panels; ++panel)
+        tma_load(place.tile + panel * (Tile::keys * 128), &map, place.full, 64 * panel, tile * Tile::keys,
+                 work.kv_head, work.batch);
+    };
+    const auto fetch_queries = [&] {
+      const auto place = shared.queries.at(round);
+      place.wait_until_empty();
+      store_shared(shared.tiles, tiles);  // who waits for the queries sees this, too
+      if (tiles.begin == tiles.end) return mbar_arrive(place.full);
+      place.expect_bytes();
+      UNROLL for (int group = 0; group < Tile::consumers; ++group)
+        UNROLL for (int panel = 0; panel < panels; ++panel)
+          tma_load(place.tile + (group * panels + panel) * (64 * 128), &a.q, place.full, 64 * panel, 0,
+                   (work.first_row + 64 * group) >> a.pack_bits, work.pack, work.batch);
+    };
+
+    // From the right: the tiles that a causal mask cuts come first.
+    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++use) {
+      fetch(shared.keys, a.k, use, tile);
+      if (tile == tiles.end - 1) fetch_queries();  // their place may be in use for longer than that of keys
+      else fetch(shared.values, a.v, use - 1, tile + 1);
+    }
+    if (tiles.begin == tiles.end) fetch_queries();
+    else fetch(shared.values, a.v, use - 1, tiles.begin);
+  }
+}
+
+template <class T, class Tile, class Score>
+DEVICE void consume(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared, int group) {
+  using QTile = SharedTile<Tile::group_rows, Tile::head_dim>;
+  using KTile = SharedTile<Tile::keys, Tile::head_dim>;
+  const int lane = lane_id(), thread = thread_id() % 128, warp = thread / 32;
+  const QTile q_tile{shared.queries.tiles + group * QTile::bytes}, out_tile{shared.out + group * QTile::bytes};
+  const Turns<Tile::consumers> turns{group};
+  const auto take_turn = [&] { if constexpr (Tile::take_turns) turns.take(); };
+  const auto pass_turn = [&] { if constexpr (Tile::take_turns) turns.pass(); };
+  if constexpr (Tile::take_turns) turns.begin();
+
+  uint32_t use = 0;  // of the rings of keys and values
+  for (int round = 0;; ++round) {
+    const HopperWork work(a, round, Tile::queries);
+    if (!work.there) break;
+    const int group_row = work.first_row + 64 * group, first_row = group_row + 16 * warp + lane / 4;
+    // This lane's rows, the second 8 further: what they see; and what all rows of the warp see.
+    const Range seen[2] = {a.keys_of(first_row), a.keys_of(first_row + 8)};
+    const Range all_see{shfl_idx(seen[1].begin, 31), shfl_idx(seen[0].end, 0)};
+    const int token[2] = {a.token(first_row), a.token(first_row + 8)};
+    const int heads = 1 << a.pack_bits;
+    const auto head_of = [&](int half) { return work.pack * heads + ((first_row + 8 * half) & (heads - 1)); };
+    const Score score[2] = {Score(a.scores, head_of(0)), Score(a.scores, head_of(1))};
+    Range own = a.tiles_of(group_row, group_row + 63, Tile::keys);
+    if (group_row >= a.rows()) own = {0, 0};
+
+    const auto queries = shared.queries.at(round);
+    queries.wait_until_full();
+    const Range come = load_shared<Range>(shared.tiles);
+    const Range tiles{shfl_idx(come.begin, 0), shfl_idx(come.end, 0)};
+    warp_sync();  // the last of its lanes has read it, before lane 0 releases the queries
+
+    float scores[1][Tile::keys / 8][4], out[1][Tile::head_dim / 8][4] = {};
+    uint32_t p[Tile::keys / 16][4];  // the exponentials, rounded: a left operand
+    OnlineSoftmax<1> softmax;
+    bool moved = false;
+    float shrink[2];
+
+    // The scores' exponentials; out, whose sums may be under way, is to be multiplied by `shrink` where `moved`.
+    const auto exponentiate = [&](int tile) {
+      const int first = tile * Tile::keys, column = first + lane % 4 * 2;
+      const bool whole = first >= all_see.begin && first + Tile::keys <= all_see.end;
+      UNROLL for (int half = 0; half < 2; ++half) {
+        if constexpr (!Score::plain) {
+          const float ahead = static_cast<float>(token[half] + a.mask.diagonal() - column);
+          UNROLL for (int c = 0; c < Tile::keys / 8; ++c)
+            UNROLL for (int e = 0; e < 2; ++e) {
+              float& value = scores[0][c][2 * half + e];
+              value = score[half](value, ahead - static_cast<float>(8 * c + e));
+            }
+        }
+        if (!whole) {
+          const int begin = seen[half].begin - column, end = seen[half].end - column;
+          UNROLL for (int c = 0; c < Tile::keys / 8; ++c)
+            UNROLL for (int e = 0; e < 2; ++e)
+              if (8 * c + e < begin || 8 * c + e >= end) scores[0][c][2 * half + e] = kMinusInfinity;
+        }
+      }
+      moved = false, shrink[0] = shrink[1] = 1.0f;
+      softmax.exponentiate(scores, score[0].factor, [&](int, int half, float by) { moved = true, shrink[half] = by; });
+    };
+    const auto move_out = [&] {
+      if (!moved) return;
+      UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
+        UNROLL for (int e = 0; e < 4; ++e) out[0][d][e] *= shrink[e / 2];
+    };
+    const auto round_scores = [&] {
+      UNROLL for (int c = 0; c < Tile::keys / 8; ++c) {
+        const float(&s)[4] = scores[0][c];
+        pack_fragment<T>(p[c / 2], c % 2, s[0], s[1], s[2], s[3]);
+      }
+    };
+    // Before products are issued: all that they read or add to is in its registers.
+    const auto settle = [&] {
+      keep_registers(flat(scores));
+      keep_registers(flat(out));
+      UNROLL for (int slice = 0; slice < Tile::keys / 16; ++slice) keep_registers(p[slice]);
+      wgmma_fence();
+    };
+    // Tiles that come for other warpgroups, down to this one.
+    int tile = tiles.end - 1;
+    const auto let_pass = [&](int last) {
+      for (; tile >= last; --tile, ++use) {
+        const auto k = shared.keys.at(use), v = shared.values.at(use);
+        k.wait_until_full();
+        take_turn();
+        pass_turn();
+        k.release();
+        v.wait_until_full();
+        v.release();
+      }
+    };
+
+    const bool works = own.begin < own.end;
+    let_pass(works ? own.end : tiles.begin);
+    if (works) {
+      {
+        const auto k = shared.keys.at(use);
+        k.wait_until_full();
+        take_turn();
+        keep_registers(flat(scores));
+        wgmma_fence();
+        issue_product<T>(scores, q_tile, KTile{k.tile});
+        wgmma_commit();
+        pass_turn();
+        wgmma_wait<0>();
+        keep_registers(flat(scores));
+        k.release();
+        exponentiate(tile);
+        round_scores();
+        --tile, ++use;
+      }
+      UNROLL_BY(1)
+      for (; tile >= own.begin; --tile, ++use) {
+        const auto k = shared.keys.at(use), v = shared.values.at(use - 1);
+        k.wait_until_full();
+        v.wait_until_full();
+        take_turn();
+        settle();
+        issue_product<T>(scores, q_tile, KTile{k.tile});  // S = Q K^T of this tile …
+        wgmma_commit();
+        issue_rows_product<T>(out, p, KTile{v.tile});  // … and O += P V of the one before
+        wgmma_commit();
+        pass_turn();
+        wgmma_wait<1>();
+        keep_registers(flat(scores));
+        k.release();
+        exponentiate(tile);
+        wgmma_wait<0>();
+        keep_registers(flat(out));
+        v.release();
+        move_out();
+        round_scores();  // not before: the product was reading P
+      }
+      if constexpr (Tile::out_apart) queries.release();
+      const auto v = shared.values.at(use - 1);
+      v.wait_until_full();
+      settle();
+      issue_rows_product<T>(out, p, KTile{v.tile});
+      wgmma_commit();
+      wgmma_wait<0>();
+      keep_registers(flat(out));
+      v.release();
+    } else if constexpr (Tile::out_apart) {
+      queries.release();
+    }
+    let_pass(tiles.begin);
+
+    // Out goes through shared memory, from where TMA writes whole rows; those beyond the last it leaves out.
+    UNROLL for (int half = 0; half < 2; ++half) {
+      const int head = head_of(half), row = first_row + 8 * half;
+      const float sink =
+          a.sink_logits ? load_global<Cache::read_only>(a.sink_logits + head) * kLog2E : kMinusInfinity;
+      const auto finished = softmax.finish(0, half, score[half].factor, sink);
+      if (lane % 4 == 0 && row < a.rows())
+        store_global(a.lse + ((int64_t{work.batch} * a.heads + head) * a.mask.queries + token[half]), finished.lse);
+      UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
+        UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[0][d][e] *= finished.weight;
+    }
+    const int barrier = kGroupBarrier + group;
+    if constexpr (Tile::out_apart) {
+      if (thread == 0) tma_wait_read<0>();  // what was there before
+    }
+    bar_sync(barrier, 128);  // nobody reads this place any more: neither TMA, nor products, where it is the queries'
+    store_fragments<T>(out_tile, out, 16 * warp, 0);
+    fence_proxy_async();  // what this thread wrote, TMA shall read,
+    bar_sync(barrier, 128);  // once the others have written, too
+    if (thread == 0) {
+      if (group_row < a.rows()) {
+        UNROLL for (int panel = 0; panel < Tile::head_dim / 64; ++panel)
+          tma_store(&a.out, out_tile.base + panel * (64 * 128), 64 * panel, 0, group_row >> a.pack_bits, work.pack,
+                    work.batch);
+        tma_commit();
+      }
+      if constexpr (!Tile::out_apart) {
+        tma_wait_read<0>();
+        queries.release();
+      }
+    }
+  }
+  if (thread == 0) tma_wait_read<0>();  // the block's shared memory must outlive the read
+  if constexpr (Tile::take_turns) turns.end();
+}
+
+template <class T, class Tile, class Score>
+KERNEL LAUNCH_BOUNDS(Tile::threads, 1) attention_forward_sm90_kernel(GRID_CONSTANT const HopperForwardArgs a) {
+  const HopperForwardShared<Tile> shared;
+  if (thread_id() == 0) {
+    // Keys and values are released by every warp; queries too, or by one thread of each warpgroup that has
+    // put out in their place.
+    shared.queries.init(Tile::out_apart ? 4 * Tile::consumers : Tile::consumers);
+    shared.keys.init(4 * Tile::consumers);
+    shared.values.init(4 * Tile::consumers);
+    fence_mbarrier_init();
+    prefetch_tensor_map(&a.q);
+    prefetch_tensor_map(&a.k);
+    prefetch_tensor_map(&a.v);
+    prefetch_tensor_map(&a.out);
+  }
+  cta_sync();
+
+  const int warpgroup = shfl_idx(warp_id() / 4, 0);  // the same in all lanes, so that the compiler knows
+  if (warpgroup == 0) {
+    setmaxnreg_dec<Tile::producer_registers>();
+    if (warp_id() == 0 && elect_one()) produce<Tile>(a, shared);
+  } else {
+    setmaxnreg_inc<Tile::consumer_registers>();
+    consume<T, Tile, Score>(a, shared, warpgroup - 1);
+  }
+}
+
+template <int head_dim>
+int attention_forward_sm90(const AttentionInputs& inputs, Heads out, float* lse, const Card& card, void* stream) {
+  const AttentionShape& shape = inputs.shape;
+  const AttentionOptions& options = inputs.options;
+  const bool all_keys = options.window_left < 0 && options.window_right < 0 && !options.cu_seqlens;
+  return with_types<head_dim>(inputs, [&](auto type, auto* score) {
+    using T = decltype(type);
+    using Score = std::remove_pointer_t<decltype(score)>;
+    return with_hopper_forward_tile<head_dim, Score::plain>(all_keys, shape.keys, [&](auto tile) {
+      using Tile = decltype(tile);
+      const int sharing = shape.heads / shape.kv_heads;
+      const int pack = hopper_pack(shape.queries, sharing, Tile::queries);
+      HopperForwardArgs args{};
+      if (const int error = make_packed_map<T>(&args.q, inputs.q.data, inputs.q.strides, shape, pack)) return error;
+      if (const int error = make_packed_map<T>(&args.out, out.data, out.strides, shape, pack)) return error;
+      const auto of_keys = [&](TensorMap* map, const ConstHeads& heads) {
+        return make_heads_map<T>(map, heads.data, heads.strides, shape, shape.kv_heads, shape.keys, Tile::keys);
+      };
+      if (const int error = of_keys(&args.k, inputs.k)) return error;
+      if (const int error = of_keys(&args.v, inputs.v)) return error;
+      args.lse = Global<float>(lse);
+      args.mask = make_mask(shape, options);
+      args.scores = make_scores(options);
+      args.sink_logits = Global<const float>(options.sink_logits);
+      args.heads = shape.heads, args.packs = shape.heads / pack, args.sharing = sharing / pack;
+      while (1 << args.pack_bits < pack) ++args.pack_bits;
+      const int64_t pair_bytes = int64_t{4} * shape.keys * shape.head_dim;  // of keys and values
+      args.schedule = make_schedule(shape.queries * pack, Tile::queries, shape.batch * args.packs, args.sharing,
+                                    pair_bytes);
+      const unsigned resident = static_cast<unsigned>(card.multiprocessors);
+      const unsigned blocks = args.schedule.blocks() < resident ? args.schedule.blocks() : resident;
+      return launch<attention_forward_sm90_kernel<T, Tile, Score>>({{blocks}, Tile::threads, Tile::shared_bytes},
+                                                                   stream, args);
+    });
+  });
+}
+
+}  // namespace almostgpt
