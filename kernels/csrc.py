@@ -76,7 +76,9 @@ def define(
     )
 
 
-def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kernel, Kernel]:
+def csrc_kernels(
+    name: str, refuse_card: Callable, run: Callable, *, only: Card | None = None
+) -> tuple[Kernel, Kernel]:
     """The ``cuda`` and the ``emulator`` kernel that one source in ``csrc/`` gives an op.
 
     Args:
@@ -85,7 +87,15 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
             the op's arguments, by shapes, dtypes and options alone, or None.
         run: ``run(ops, *args, **kwargs)``, where ``ops.rms_norm_forward(x, weight, eps)`` calls
             the op of that name on the side that was chosen.
+        only: the one card whose own instructions it is written in; None where it runs on all.
     """
+
+    def refuse_others(card: Card, *args, **kwargs) -> str | None:
+        if why := refuse_card(card, *args, **kwargs):
+            return why
+        if only is not None and card != only:
+            return f"{name} is for compute capability {only[0]}.{only[1]} alone"
+        return None
 
     def refuse_cuda(card: Card | None, tensor, *args, **kwargs) -> str | None:
         if card is None:
@@ -94,16 +104,16 @@ def csrc_kernels(name: str, refuse_card: Callable, run: Callable) -> tuple[Kerne
             if not tensor.is_cuda:
                 return f"the tensors are on {tensor.device}"
             card = native.capability_of(tensor.device.index)
-            if why := native.refuse(card):
+            if why := native.refuse(card) or (only == card and native.refuse_own_code(card)):
                 return why
-        return refuse_card(card, tensor, *args, **kwargs)
+        return refuse_others(card, tensor, *args, **kwargs)
 
     def refuse_emulator(card: Card, tensor, *args, **kwargs) -> str | None:
         if why := refuse_derivatives():
             return why
         if tensor.device.type not in ("cpu", "meta"):
             return f"the tensors are on {tensor.device}, and the emulator runs on the CPU"
-        return emulator.refuse() or refuse_card(card, tensor, *args, **kwargs)
+        return emulator.refuse() or refuse_others(card, tensor, *args, **kwargs)
 
     def run_cuda(*args, **kwargs):
         return run(torch.ops.almostgpt, *args, **kwargs)

@@ -364,10 +364,29 @@ def _refuse_card(card, q, k, v, **options) -> str | None:
     return refuse_heads(q) or refuse_scores(options.get("scale"), options.get("softcap", 0.0))
 
 
+def _refuse_hopper(card, q, k, v, **options) -> str | None:
+    """What ``is_for_hopper`` in csrc/attention/forward.cuh says of the tensors that arrive there."""
+    if why := _refuse_card(card, q, k, v, **options):
+        return why
+    if k.shape[2] == 0:
+        return "there are no keys for TMA to bring"
+    # Such tensors are read in place; others that TMA cannot take are copied on the way.
+    if any(t.stride(3) == 1 and _repeats(t) for t in (q, k, v)) and q.shape[3] % 8 == 0:
+        return "TMA takes no expanded tensors, which have a stride of 0"
+    return None
+
+
+def _repeats(heads: Tensor) -> bool:
+    return any(heads.shape[d] > 1 and heads.stride(d) == 0 for d in range(3))
+
+
+# Both run the same ops, which choose by the card and the tensors as it is said here. Hopper has a
+# forward of its own; its backward is that of every card.
 FLASH_ATTENTION = Op(
     "flash_attention",
     _check,
     (
+        *csrc_kernels("flash_attention_sm90", _refuse_hopper, _run_csrc, only=(9, 0)),
         *csrc_kernels("flash_attention_sm80", _refuse_card, _run_csrc),
         Kernel("reference", "plain PyTorch", lambda *a, **k: None, reference),
     ),

@@ -39,8 +39,10 @@ def _rms_norm(x: Tensor, **options) -> Call:
     return (x, weight), options
 
 
-def _attention(empty: Empty, Tq=512, Tk=512, kv_heads=8, B=2, D=64, **options) -> Call:
+def _attention(empty: Empty, Tq=512, Tk=512, kv_heads=8, B=2, D=64, expand=0, **options) -> Call:
     k = empty(B, kv_heads, Tk, D)
+    if expand:
+        k = k.expand(B, expand, Tk, D)
     return (empty(B, 8, Tq, D), k, k), {"causal": True, **options}
 
 
@@ -132,6 +134,7 @@ CALLS: dict[str, dict[str, Callable[[Empty], Call]]] = {
         "causal": lambda empty: _attention(empty),
         "grouped queries": lambda empty: _attention(empty, kv_heads=2),
         "one query on a cache": lambda empty: _attention(empty, Tq=1, kv_heads=2),
+        "expanded keys": lambda empty: _attention(empty, kv_heads=1, expand=8),
         "window": lambda empty: _attention(empty, window=(128, 0)),
         "softcap": lambda empty: _attention(empty, softcap=30.0),
         "ALiBi": lambda empty: _attention(empty, alibi_slopes=empty(8, dtype=torch.float32)),

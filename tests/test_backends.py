@@ -92,14 +92,17 @@ def test_calls_are_of_their_parts():
 
 
 def test_layers_that_differ_are_told_apart(monkeypatch):
-    """A kernel that refuses windows: then local layers have another than global ones."""
-    op = kernels.OPS["flash_attention"]
-    refuse = op.kernels[0].refuse
+    """Kernels that refuse windows: then local layers have another than global ones."""
 
-    def no_windows(card, *args, window=None, **kwargs):
-        return "no windows" if window else refuse(card, *args, **kwargs)
+    def without_windows(refuse):
+        def refuse_windows(card, *args, window=None, **kwargs):
+            return "no windows" if window else refuse(card, *args, **kwargs)
 
-    monkeypatch.setitem(vars(op.kernels[0]), "refuse", no_windows)
+        return refuse_windows
+
+    for kernel in kernels.OPS["flash_attention"].kernels:
+        if kernel.backend == "cuda":
+            monkeypatch.setitem(vars(kernel), "refuse", without_windows(kernel.refuse))
     uses = training_uses(config("local", **{"training.precision": "bf16"}), CPU, card=(9, 0))
     by_backend = {use.backend: use for use in uses if use.op == "flash_attention"}
     assert by_backend["reference"].blocks == (0, 2) and by_backend["cuda"].blocks == (1,)
@@ -109,7 +112,7 @@ def test_layers_that_differ_are_told_apart(monkeypatch):
 def test_a_card_that_is_not_here():
     uses = training_uses(config("llama", **{"training.precision": "bf16"}), CPU, card=(9, 0))
     by_op = {use.op: use for use in uses}
-    assert by_op["flash_attention"].kernel == "flash_attention_sm80"
+    assert by_op["flash_attention"].kernel == "flash_attention_sm90"
     assert by_op["flash_attention"].dtypes == ("bfloat16",)
     assert by_op["rope"].backend == by_op["linear_cross_entropy"].backend == "triton"
     drawn = {use.op: use for use in generation_uses(config("llama"), CPU, card=(9, 0))}
@@ -143,7 +146,7 @@ def test_tables_and_json(capsys):
     out = capsys.readouterr().out
     assert "training, bf16, 32 x 1024 tokens" in out and "a GPU of compute capability 9.0" in out
     assert "blocks 0-1 attention (full)" in out
-    assert "flash_attention: cuda (flash_attention_sm80), given bfloat16" in out
+    assert "flash_attention: cuda (flash_attention_sm90), given bfloat16" in out
     assert "linear: not cpu: the C++ kernels are for a processor" in out
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

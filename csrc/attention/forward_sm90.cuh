@@ -144,9 +144,9 @@ DEVICE void consume(const HopperForwardArgs& a, const HopperForwardShared<Tile>&
 
     const auto queries = shared.queries.at(round);
     queries.wait_until_full();
-    const Range come = load_shared<Range>(shared.tiles);
-    const Range tiles{shfl_idx(come.begin, 0), shfl_idx(come.end, 0)};
-    warp_sync();  // the last of its lanes has read it, before lane 0 releases the queries
+    Range tiles{};
+    if (lane == 0) tiles = load_shared<Range>(shared.tiles);  // the lane that releases the queries
+    tiles = {shfl_idx(tiles.begin, 0), shfl_idx(tiles.end, 0)};
 
     float scores[1][Tile::keys / 8][4], out[1][Tile::head_dim / 8][4] = {};
     uint32_t p[Tile::keys / 16][4];  // the exponentials, rounded: a left operand

@@ -23,7 +23,7 @@
 //   sm_90       elect_one mbar_init mbar_arrive mbar_arrive_expect_tx mbar_try_wait mbar_wait
 //               fence_mbarrier_init fence_proxy_async prefetch_tensor_map
 //               tma_load tma_store tma_reduce_add bulk_reduce_add_f32 tma_commit tma_wait<N> tma_wait_read<N>
-//               wgmma_fence wgmma_commit wgmma_wait<N> wgmma_ss wgmma_rs keep_registers matrix_descriptor
+//               wgmma_fence wgmma_commit wgmma_wait<N> wgmma_ss wgmma_rs keep_registers matrix_descriptor advanced
 //               setmaxnreg_inc<N> setmaxnreg_dec<N>
 //   host        launch<kernel>(shape, stream, args…) LaunchShape Card current_card make_tensor_map error_string
 //

@@ -58,6 +58,14 @@ CASE(matrix_descriptor, "matrix_descriptor") {
                                    mode(SwizzleSpan::bytes32)},
              std::vector<uint64_t>{0, 1, 2, 3}, "modes");
 }
+CASE(advanced, "advanced") {  // is the descriptor of an operand that begins further on
+  std::vector<uint64_t> got, want;
+  for (const uint32_t bytes : {0u, 16u, 32u, 1024u, 10240u, 0x2aff0u}) {
+    got.push_back(advanced(matrix_descriptor(0x400, 0x2560, 0x3890, SwizzleSpan::bytes128), bytes));
+    want.push_back(matrix_descriptor(0x400 + bytes, 0x2560, 0x3890, SwizzleSpan::bytes128));
+  }
+  run.expect(got, want, "descriptors");
+}
 
 // --- where am I, and launch ---------------------------------------------------------------------------
 

@@ -48,8 +48,8 @@ KERNEL LAUNCH_BOUNDS(128, 1) wgmma_ss_kernel(GRID_CONSTANT const Operand a, GRID
   keep_registers(d);
   wgmma_fence();
   UNROLL for (int step = 0; step < kSteps; ++step)
-    wgmma_ss<T, N, a_mn_major, b_mn_major>(d, descriptor(tile_a, a, step), descriptor(tile_b, b, step),
-                                           accumulate || step > 0);
+    wgmma_ss<T, N, a_mn_major, b_mn_major>(d, advanced(descriptor(tile_a, a, 0), a.start[step]),
+                                           advanced(descriptor(tile_b, b, 0), b.start[step]), accumulate || step > 0);
   finish<N>(d, out);
 }
 
@@ -191,7 +191,7 @@ template <class T, int... widths> struct Widths {
     return std::string("wgmma_") + kind + "_" + kName<T> + "_n" + std::to_string(n);
   }
   const Registration ss[sizeof...(widths)] = {
-      {name("ss", widths), "wgmma_ss wgmma_fence wgmma_commit wgmma_wait keep_registers matrix_descriptor", 9,
+      {name("ss", widths), "wgmma_ss wgmma_fence wgmma_commit wgmma_wait keep_registers matrix_descriptor advanced", 9,
        wgmma_ss_case<T, widths>}...};
   const Registration rs[sizeof...(widths)] = {
       {name("rs", widths), "wgmma_rs wgmma_fence wgmma_commit wgmma_wait keep_registers matrix_descriptor", 9,

@@ -228,6 +228,10 @@ KERNEL arrive_and_wait(const Args args) {
     load_shared<int>(shared_base() + 4 * lane_id());
   }
 }
+KERNEL arrive_for_nobody(const Args args) {
+  if (warp_id() == 0) bar_arrive(2, 64);
+  else if (args.right) bar_sync(2, 64);
+}
 
 // --- cp.async -------------------------------------------------------------------------------------------------
 
@@ -804,6 +808,7 @@ void memory_of_blocks() {
   twins<barrier_of_33>("barrier of 33 threads", "barrier");
   twins<barrier_16>("barrier 16", "barrier");
   twins<arrive_and_wait>("arrive without wait", "race", two_warps);
+  twins<arrive_for_nobody>("arrive where nobody waits", "exit", two_warps);
   run<beyond_the_warp>({}, true);
   report(memory.output[3] == 11 && memory.output[30] == 30, "shuffle from beyond the warp", "the own value");
 

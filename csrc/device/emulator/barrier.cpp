@@ -63,6 +63,15 @@ void check_arguments(int number, int count, Location at) {
 
 }  // namespace
 
+// Who waits cannot return; but arrivals that nobody waited for would be of the next who uses the barrier.
+void barriers_at_exit(const Block& block) {
+  for (const Barrier& barrier : block.barriers)
+    if (barrier.arrived)
+      fail("exit", barrier.at, format("the block ends when %d of %d threads have arrived at a barrier and nobody waits there",
+                                      barrier.arrived, barrier.expected),
+           "let as many threads wait as the last bar_arrive counts on");
+}
+
 void cta_sync(Location at) {
   if (cta_sync_fault.at(at) == Mutation::drop) return;
   arrive(0, current->block->size(), true, at);

@@ -13,6 +13,7 @@ namespace almostgpt::emulator {
 
 struct Thread;
 struct Warp;
+struct Block;
 
 // What kernels ask of the running thread, in one place.
 struct Where {
@@ -113,11 +114,12 @@ void wgmma_wait(int newest, Location at);
 
 void setmaxnreg(int count, bool increase, Location at);
 
-// --- the end of a thread: each checks that nothing is left undone (exit.cpp calls the others) ----------------------------
+// --- the end of a thread, or of a block: each checks that nothing is left undone (exit.cpp calls the others) ---------------
 
 void thread_exits(Thread& thread);
 void stores_at_exit(Thread& thread);
 void wgmma_at_exit(Warp& warp);
 void registers_at_exit(Warp& warp);
+void barriers_at_exit(const Block& block);
 
 }  // namespace almostgpt::emulator

@@ -187,7 +187,7 @@ Thread* finish_thread() {
   me.alive = false;
   me.warp->alive &= ~(1u << me.lane);
   not_ready(me);
-  --me.block->alive;
+  if (--me.block->alive == 0) barriers_at_exit(*me.block);
   if (--running->alive > 0) return next_thread();
   if (!running->loads.empty()) fail("exit", running->loads[0].at, "the block ends while a TMA load is under way");
   return nullptr;
