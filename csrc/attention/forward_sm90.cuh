@@ -116,188 +116,235 @@ DEVICE void produce(const HopperForwardArgs& a, const HopperForwardShared<Tile>&
   }
 }
 
+// Which of the consumers this warp belongs to; -1: it is the producer's. The same in all lanes, by a way that
+// tells the compiler so.
+DEVICE int consumer_group() { return shfl_idx(warp_id() / 4, 0) - 1; }
+
+// A lane's two rows of 16, 8 apart: whose they are, what they see, and what becomes of their products.
+template <class Score>
+struct HopperRows {
+  const HopperForwardArgs& a;
+  int first;          // of the pack's rows; the other is first + 8
+  int first_head;     // of the pack
+  Range seen[2];
+  Range all_see;      // all rows of the warp
+  Score score[2];     // by their heads
+
+  DEVICE HopperRows(const HopperForwardArgs& a, const HopperWork& work, int first)
+      : a(a), first(first), first_head(work.pack << a.pack_bits), seen{a.keys_of(first), a.keys_of(first + 8)},
+        all_see{shfl_idx(seen[1].begin, 31), shfl_idx(seen[0].end, 0)},
+        score{Score(a.scores, head(0)), Score(a.scores, head(1))} {}
+
+  DEVICE int row(int half) const { return first + 8 * half; }
+  DEVICE int token(int half) const { return a.token(row(half)); }
+  DEVICE int head(int half) const { return first_head + (row(half) & ((1 << a.pack_bits) - 1)); }
+  DEVICE float factor() const { return score[0].factor; }
+
+  // From the products of a tile of keys, of which `first_key` is the first, to scores: bent and masked.
+  template <int tiles> DEVICE void finish(float (&scores)[1][tiles][4], int first_key) const {
+    const int column = first_key + lane_id() % 4 * 2;  // this lane's first
+    // f(score, its half of the rows, how far its column is from the first)
+    const auto for_each = [&](auto f) {
+      UNROLL for (int c = 0; c < tiles; ++c)
+        UNROLL for (int i = 0; i < 4; ++i) f(scores[0][c][i], i / 2, 8 * c + i % 2);
+    };
+    if constexpr (!Score::plain) {
+      // Each question is asked once, and not of every score: so many branches would cost more than the answers.
+      const float scale = score[0].scale, cap = score[0].cap;
+      if (cap > 0.0f) for_each([&](float& x, int, int) { x = cap * Score::bend(x * scale); });
+      else for_each([&](float& x, int, int) { x *= scale; });
+      if (a.scores.alibi_slopes) {
+        const int here = a.mask.diagonal() - column;
+        const float ahead[2] = {static_cast<float>(token(0) + here), static_cast<float>(token(1) + here)};
+        for_each([&](float& x, int half, int at) { x -= score[half].penalty(ahead[half] - static_cast<float>(at)); });
+      }
+    }
+    // Tiles on the right may end too late, those on the left begin too early; between them nothing is masked.
+    if (first_key + 8 * tiles > all_see.end) {
+      const int end[2] = {seen[0].end - column, seen[1].end - column};
+      for_each([&](float& x, int half, int at) { x = at < end[half] ? x : kMinusInfinity; });
+    }
+    if (first_key < all_see.begin) {
+      const int begin[2] = {seen[0].begin - column, seen[1].begin - column};
+      for_each([&](float& x, int half, int at) { x = at >= begin[half] ? x : kMinusInfinity; });
+    }
+  }
+};
+
+// One tile of queries, by one warpgroup with its 64 rows. `use` counts the uses of the rings of keys and values.
 template <class T, class Tile, class Score>
-DEVICE void consume(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared, int group) {
+DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared, const HopperWork& work,
+                        int round, uint32_t& use) {
   using QTile = SharedTile<Tile::group_rows, Tile::head_dim>;
   using KTile = SharedTile<Tile::keys, Tile::head_dim>;
+  const int group = consumer_group();  // asked anew: kept from work to work it would take a register too many
   const int lane = lane_id(), thread = thread_id() % 128, warp = thread / 32;
   const QTile q_tile{shared.queries.tiles + group * QTile::bytes}, out_tile{shared.out + group * QTile::bytes};
   const Turns<Tile::consumers> turns{group};
   const auto take_turn = [&] { if constexpr (Tile::take_turns) turns.take(); };
   const auto pass_turn = [&] { if constexpr (Tile::take_turns) turns.pass(); };
-  if constexpr (Tile::take_turns) turns.begin();
 
-  uint32_t use = 0;  // of the rings of keys and values
-  for (int round = 0;; ++round) {
-    const HopperWork work(a, round, Tile::queries);
-    if (!work.there) break;
-    const int group_row = work.first_row + 64 * group, first_row = group_row + 16 * warp + lane / 4;
-    // This lane's rows, the second 8 further: what they see; and what all rows of the warp see.
-    const Range seen[2] = {a.keys_of(first_row), a.keys_of(first_row + 8)};
-    const Range all_see{shfl_idx(seen[1].begin, 31), shfl_idx(seen[0].end, 0)};
-    const int token[2] = {a.token(first_row), a.token(first_row + 8)};
-    const int heads = 1 << a.pack_bits;
-    const auto head_of = [&](int half) { return work.pack * heads + ((first_row + 8 * half) & (heads - 1)); };
-    const Score score[2] = {Score(a.scores, head_of(0)), Score(a.scores, head_of(1))};
-    Range own = a.tiles_of(group_row, group_row + 63, Tile::keys);
-    if (group_row >= a.rows()) own = {0, 0};
+  const int group_row = work.first_row + 64 * group;
+  const HopperRows<Score> rows(a, work, group_row + 16 * warp + lane / 4);
+  Range own = a.tiles_of(group_row, group_row + 63, Tile::keys);
+  if (group_row >= a.rows()) own = {0, 0};
 
-    const auto queries = shared.queries.at(round);
-    queries.wait_until_full();
-    Range tiles{};
-    if (lane == 0) tiles = load_shared<Range>(shared.tiles);  // the lane that releases the queries
-    tiles = {shfl_idx(tiles.begin, 0), shfl_idx(tiles.end, 0)};
+  const auto queries = shared.queries.at(round);
+  queries.wait_until_full();
+  Range tiles{};
+  if (lane == 0) tiles = load_shared<Range>(shared.tiles);  // the lane that releases the queries
+  tiles = {shfl_idx(tiles.begin, 0), shfl_idx(tiles.end, 0)};
 
-    float scores[1][Tile::keys / 8][4], out[1][Tile::head_dim / 8][4] = {};
-    uint32_t p[Tile::keys / 16][4];  // the exponentials, rounded: a left operand
-    OnlineSoftmax<1> softmax;
-    bool moved = false;
-    float shrink[2];
+  float scores[1][Tile::keys / 8][4], out[1][Tile::head_dim / 8][4] = {};
+  uint32_t p[Tile::keys / 16][4];  // the exponentials, rounded: a left operand
+  OnlineSoftmax<1> softmax;
+  bool moved = false;
+  float shrink[2];
 
-    // The scores' exponentials; out, whose sums may be under way, is to be multiplied by `shrink` where `moved`.
-    const auto exponentiate = [&](int tile) {
-      const int first = tile * Tile::keys, column = first + lane % 4 * 2;
-      const bool whole = first >= all_see.begin && first + Tile::keys <= all_see.end;
-      UNROLL for (int half = 0; half < 2; ++half) {
-        if constexpr (!Score::plain) {
-          const float ahead = static_cast<float>(token[half] + a.mask.diagonal() - column);
-          UNROLL for (int c = 0; c < Tile::keys / 8; ++c)
-            UNROLL for (int e = 0; e < 2; ++e) {
-              float& value = scores[0][c][2 * half + e];
-              value = score[half](value, ahead - static_cast<float>(8 * c + e));
-            }
-        }
-        if (!whole) {
-          const int begin = seen[half].begin - column, end = seen[half].end - column;
-          UNROLL for (int c = 0; c < Tile::keys / 8; ++c)
-            UNROLL for (int e = 0; e < 2; ++e)
-              if (8 * c + e < begin || 8 * c + e >= end) scores[0][c][2 * half + e] = kMinusInfinity;
-        }
-      }
-      moved = false, shrink[0] = shrink[1] = 1.0f;
-      softmax.exponentiate(scores, score[0].factor, [&](int, int half, float by) { moved = true, shrink[half] = by; });
-    };
-    const auto move_out = [&] {
-      if (!moved) return;
-      UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
-        UNROLL for (int e = 0; e < 4; ++e) out[0][d][e] *= shrink[e / 2];
-    };
-    const auto round_scores = [&] {
-      UNROLL for (int c = 0; c < Tile::keys / 8; ++c) {
-        const float(&s)[4] = scores[0][c];
-        pack_fragment<T>(p[c / 2], c % 2, s[0], s[1], s[2], s[3]);
-      }
-    };
-    // Before products are issued: all that they read or add to is in its registers.
-    const auto settle = [&] {
+  // The exponentials of scores; out, whose sums may be under way, is to be multiplied by `shrink` where `moved`.
+  const auto exponentiate = [&](int tile) {
+    rows.finish(scores, tile * Tile::keys);
+    moved = false, shrink[0] = shrink[1] = 1.0f;
+    softmax.exponentiate(scores, rows.factor(), [&](int, int half, float by) { moved = true, shrink[half] = by; });
+  };
+  const auto move_out = [&] {
+    UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
+      UNROLL for (int e = 0; e < 4; ++e) out[0][d][e] *= shrink[e / 2];
+  };
+  const auto round_scores = [&] {
+    UNROLL for (int c = 0; c < Tile::keys / 8; ++c) {
+      const float(&s)[4] = scores[0][c];
+      pack_fragment<T>(p[c / 2], c % 2, s[0], s[1], s[2], s[3]);
+    }
+  };
+  // Before products are issued: all that they read or add to is in its registers.
+  const auto settle = [&] {
+    keep_registers(flat(scores));
+    keep_registers(flat(out));
+    UNROLL for (int slice = 0; slice < Tile::keys / 16; ++slice) keep_registers(p[slice]);
+    wgmma_fence();
+  };
+  // Tiles that come for other warpgroups, down to this one.
+  int tile = tiles.end - 1;
+  const auto let_pass = [&](int last) {
+    for (; tile >= last; --tile, ++use) {
+      const auto k = shared.keys.at(use), v = shared.values.at(use);
+      k.wait_until_full();
+      take_turn();
+      pass_turn();
+      k.release_together();
+      v.wait_until_full();
+      v.release_together();
+    }
+  };
+
+  const bool works = own.begin < own.end;
+  let_pass(works ? own.end : tiles.begin);
+  if (works) {
+    {
+      const auto k = shared.keys.at(use);
+      k.wait_until_full();
+      take_turn();
       keep_registers(flat(scores));
-      keep_registers(flat(out));
-      UNROLL for (int slice = 0; slice < Tile::keys / 16; ++slice) keep_registers(p[slice]);
       wgmma_fence();
-    };
-    // Tiles that come for other warpgroups, down to this one.
-    int tile = tiles.end - 1;
-    const auto let_pass = [&](int last) {
-      for (; tile >= last; --tile, ++use) {
-        const auto k = shared.keys.at(use), v = shared.values.at(use);
-        k.wait_until_full();
-        take_turn();
-        pass_turn();
-        k.release();
-        v.wait_until_full();
-        v.release();
-      }
-    };
-
-    const bool works = own.begin < own.end;
-    let_pass(works ? own.end : tiles.begin);
-    if (works) {
-      {
-        const auto k = shared.keys.at(use);
-        k.wait_until_full();
-        take_turn();
-        keep_registers(flat(scores));
-        wgmma_fence();
-        issue_product<T>(scores, q_tile, KTile{k.tile});
-        wgmma_commit();
-        pass_turn();
-        wgmma_wait<0>();
-        keep_registers(flat(scores));
-        k.release();
-        exponentiate(tile);
-        round_scores();
-        --tile, ++use;
-      }
-      UNROLL_BY(1)
-      for (; tile >= own.begin; --tile, ++use) {
-        const auto k = shared.keys.at(use), v = shared.values.at(use - 1);
-        k.wait_until_full();
-        v.wait_until_full();
-        take_turn();
-        settle();
-        issue_product<T>(scores, q_tile, KTile{k.tile});  // S = Q K^T of this tile …
-        wgmma_commit();
-        issue_rows_product<T>(out, p, KTile{v.tile});  // … and O += P V of the one before
-        wgmma_commit();
-        pass_turn();
-        wgmma_wait<1>();
-        keep_registers(flat(scores));
-        k.release();
-        exponentiate(tile);
+      issue_product<T>(scores, q_tile, KTile{k.tile});
+      wgmma_commit();
+      pass_turn();
+      wgmma_wait<0>();
+      keep_registers(flat(scores));
+      k.release();
+      exponentiate(tile);
+      round_scores();
+      --tile, ++use;
+    }
+    UNROLL_BY(1)
+    for (; tile >= own.begin; --tile, ++use) {
+      const auto k = shared.keys.at(use), v = shared.values.at(use - 1);
+      k.wait_until_full();
+      v.wait_until_full();
+      take_turn();
+      settle();
+      issue_product<T>(scores, q_tile, KTile{k.tile});  // S = Q K^T of this tile …
+      wgmma_commit();
+      issue_rows_product<T>(out, p, KTile{v.tile});  // … and O += P V of the one before
+      wgmma_commit();
+      pass_turn();
+      wgmma_wait<1>();
+      keep_registers(flat(scores));
+      k.release();
+      exponentiate(tile);
+      const auto finish_output = [&] {
         wgmma_wait<0>();
         keep_registers(flat(out));
         v.release();
+      };
+      // Waiting in both branches, so that ptxas computes the exponentials before: over a wait it moves them,
+      // over the end of a block it does not (tests/build/test_attention_model_sm90.py looks where they are).
+      if (moved) {
+        finish_output();
         move_out();
-        round_scores();  // not before: the product was reading P
+      } else {
+        finish_output();
       }
-      if constexpr (Tile::out_apart) queries.release();
-      const auto v = shared.values.at(use - 1);
-      v.wait_until_full();
-      settle();
-      issue_rows_product<T>(out, p, KTile{v.tile});
-      wgmma_commit();
-      wgmma_wait<0>();
-      keep_registers(flat(out));
-      v.release();
-    } else if constexpr (Tile::out_apart) {
+      round_scores();  // not before: the product was reading P
+    }
+    if constexpr (Tile::out_apart) queries.release();
+    const auto v = shared.values.at(use - 1);
+    v.wait_until_full();
+    settle();
+    issue_rows_product<T>(out, p, KTile{v.tile});
+    wgmma_commit();
+    wgmma_wait<0>();
+    keep_registers(flat(out));
+    v.release();
+  } else if constexpr (Tile::out_apart) {
+    queries.release();
+  }
+  let_pass(tiles.begin);
+
+  // Out goes through shared memory, from where TMA writes whole rows; those beyond the last it leaves out.
+  UNROLL for (int half = 0; half < 2; ++half) {
+    const int head = rows.head(half);
+    const float sink = a.sink_logits ? load_global<Cache::read_only>(a.sink_logits + head) * kLog2E : kMinusInfinity;
+    const auto finished = softmax.finish(0, half, rows.factor(), sink);
+    if (lane % 4 == 0 && rows.row(half) < a.rows())
+      store_global(a.lse + ((int64_t{work.batch} * a.heads + head) * a.mask.queries + rows.token(half)), finished.lse);
+    UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
+      UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[0][d][e] *= finished.weight;
+  }
+  const int barrier = kGroupBarrier + group;
+  if constexpr (Tile::out_apart) {
+    if (thread == 0) tma_wait_read<0>();  // what was there before
+  }
+  bar_sync(barrier, 128);  // nobody reads this place any more: neither TMA, nor products, where it is the queries'
+  store_fragments<T>(out_tile, out, 16 * warp, 0);
+  fence_proxy_async();  // what this thread wrote, TMA shall read,
+  bar_sync(barrier, 128);  // once the others have written, too
+  if (thread == 0) {
+    if (group_row < a.rows()) {
+      UNROLL for (int panel = 0; panel < Tile::head_dim / 64; ++panel)
+        tma_store(&a.out, out_tile.base + panel * (64 * 128), 64 * panel, 0, group_row >> a.pack_bits, work.pack,
+                  work.batch);
+      tma_commit();
+    }
+    if constexpr (!Tile::out_apart) {
+      tma_wait_read<0>();
       queries.release();
     }
-    let_pass(tiles.begin);
-
-    // Out goes through shared memory, from where TMA writes whole rows; those beyond the last it leaves out.
-    UNROLL for (int half = 0; half < 2; ++half) {
-      const int head = head_of(half), row = first_row + 8 * half;
-      const float sink =
-          a.sink_logits ? load_global<Cache::read_only>(a.sink_logits + head) * kLog2E : kMinusInfinity;
-      const auto finished = softmax.finish(0, half, score[half].factor, sink);
-      if (lane % 4 == 0 && row < a.rows())
-        store_global(a.lse + ((int64_t{work.batch} * a.heads + head) * a.mask.queries + token[half]), finished.lse);
-      UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
-        UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[0][d][e] *= finished.weight;
-    }
-    const int barrier = kGroupBarrier + group;
-    if constexpr (Tile::out_apart) {
-      if (thread == 0) tma_wait_read<0>();  // what was there before
-    }
-    bar_sync(barrier, 128);  // nobody reads this place any more: neither TMA, nor products, where it is the queries'
-    store_fragments<T>(out_tile, out, 16 * warp, 0);
-    fence_proxy_async();  // what this thread wrote, TMA shall read,
-    bar_sync(barrier, 128);  // once the others have written, too
-    if (thread == 0) {
-      if (group_row < a.rows()) {
-        UNROLL for (int panel = 0; panel < Tile::head_dim / 64; ++panel)
-          tma_store(&a.out, out_tile.base + panel * (64 * 128), 64 * panel, 0, group_row >> a.pack_bits, work.pack,
-                    work.batch);
-        tma_commit();
-      }
-      if constexpr (!Tile::out_apart) {
-        tma_wait_read<0>();
-        queries.release();
-      }
-    }
   }
-  if (thread == 0) tma_wait_read<0>();  // the block's shared memory must outlive the read
-  if constexpr (Tile::take_turns) turns.end();
+}
+
+template <class T, class Tile, class Score>
+DEVICE void consume(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared) {
+  if constexpr (Tile::take_turns) Turns<Tile::consumers>{consumer_group()}.begin();
+  uint32_t use = 0;
+  for (int round = 0;; ++round) {
+    const HopperWork work(a, round, Tile::queries);
+    if (!work.there) break;
+    consume_one<T, Tile, Score>(a, shared, work, round, use);
+  }
+  if (thread_id() % 128 == 0) tma_wait_read<0>();  // the block's shared memory must outlive the read
+  if constexpr (Tile::take_turns) Turns<Tile::consumers>{consumer_group()}.end();
 }
 
 template <class T, class Tile, class Score>
@@ -317,13 +364,12 @@ KERNEL LAUNCH_BOUNDS(Tile::threads, 1) attention_forward_sm90_kernel(GRID_CONSTA
   }
   cta_sync();
 
-  const int warpgroup = shfl_idx(warp_id() / 4, 0);  // the same in all lanes, so that the compiler knows
-  if (warpgroup == 0) {
+  if (consumer_group() < 0) {
     setmaxnreg_dec<Tile::producer_registers>();
     if (warp_id() == 0 && elect_one()) produce<Tile>(a, shared);
   } else {
     setmaxnreg_inc<Tile::consumer_registers>();
-    consume<T, Tile, Score>(a, shared, warpgroup - 1);
+    consume<T, Tile, Score>(a, shared);
   }
 }
 
@@ -332,7 +378,7 @@ int attention_forward_sm90(const AttentionInputs& inputs, Heads out, float* lse,
   const AttentionShape& shape = inputs.shape;
   const AttentionOptions& options = inputs.options;
   const bool all_keys = options.window_left < 0 && options.window_right < 0 && !options.cu_seqlens;
-  return with_types<head_dim>(inputs, [&](auto type, auto* score) {
+  return with_types<head_dim, true>(inputs, [&](auto type, auto* score) {
     using T = decltype(type);
     using Score = std::remove_pointer_t<decltype(score)>;
     return with_hopper_forward_tile<head_dim, Score::plain>(all_keys, shape.keys, [&](auto tile) {

@@ -80,11 +80,12 @@ inline bool is_plain(const AttentionOptions& options) {
   return options.softcap <= 0.0f && !options.alibi_slopes && options.scale > 0.0f;
 }
 
-// Calls f with a T and a Score. At 256 a multiplication more for each score is nothing beside the products.
-template <int head_dim, class F>
+// Calls f with a T and a Score. With mma.sync, at 256, a multiplication more for each score is nothing beside
+// the products, and one kernel serves for both; wgmma is so fast that it is not.
+template <int head_dim, bool plain_too = (head_dim < 256), class F>
 int with_types(const AttentionInputs& inputs, F f) {
   const auto typed = [&](auto t) {
-    if constexpr (head_dim < 256) {
+    if constexpr (plain_too) {
       if (is_plain(inputs.options)) return f(t, static_cast<PlainScore*>(nullptr));
     }
     return f(t, static_cast<BentScore*>(nullptr));

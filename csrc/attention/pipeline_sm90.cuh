@@ -25,9 +25,14 @@ struct Ring {
     DEVICE void expect_bytes() const { mbar_arrive_expect_tx(full, bytes_); }
     // A consumer's.
     DEVICE void wait_until_full() const { mbar_wait(full, parity); }
-    // By every warp that reads, after its last lane has.
+    // By every warp that reads, when all of its lanes have: a lane that came to wait_until_full two phases late
+    // would wait for ever. Products and barriers bring the lanes together; where there are none between, warp_sync.
     DEVICE void release() const {
       if (lane_id() == 0) mbar_arrive(empty);
+    }
+    DEVICE void release_together() const {
+      warp_sync();
+      release();
     }
   };
   DEVICE Place at(uint32_t use) const {

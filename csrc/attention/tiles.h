@@ -65,7 +65,9 @@ struct HopperForwardTile {
   // Of 65,536 registers, in eights: setmaxnreg moves them from the producer, who needs few, to the consumers.
   static constexpr int producer_registers = consumers == 2 ? 24 : 32;
   static constexpr int consumer_registers = consumers == 2 ? 240 : 160;
-  static_assert(128 * (producer_registers + consumers * consumer_registers) <= 65536);
+  // The block owns what it was launched with, and a consumer would wait for ever for more.
+  static constexpr int launch_registers = 65536 / threads / 8 * 8;
+  static_assert(producer_registers + consumers * consumer_registers <= (1 + consumers) * launch_registers);
   static constexpr uint32_t query_bytes = queries * head_dim * 2;
   static constexpr uint32_t key_bytes = keys * head_dim * 2;
   static constexpr uint32_t barrier_bytes = 16 * (1 + 2 * stages) + 16;  // and what tiles come
@@ -85,7 +87,8 @@ constexpr int64_t hopper_steps_cost(int64_t keys, int tile_keys) {
 
 // Calls f with the tile. Where every query sees all keys, wide tiles of keys save steps; where the range of
 // keys ends within a tile, in causal attention say, narrow ones waste less of the last. A score that is bent
-// (`plain` is false) takes more registers: 160 a thread are too few for 128 keys, and 240 for 160.
+// (`plain` is false) takes more registers: 160 a thread are too few for 128 keys, 240 for 160, and at width 256
+// for 80.
 // scripts/attention_tiles.py lists what else there is room for, and what it would cost.
 template <int head_dim, bool plain, class F>
 constexpr int with_hopper_forward_tile(bool all_keys, int64_t keys, F f) {
@@ -99,7 +102,7 @@ constexpr int with_hopper_forward_tile(bool all_keys, int64_t keys, F f) {
     return f(HopperForwardTile<128, 2, 128>());
   } else {
     static_assert(head_dim == 256);
-    return f(HopperForwardTile<256, 2, 80>());
+    return f(HopperForwardTile<256, 2, plain ? 80 : 64>());
   }
 }
 

@@ -48,9 +48,15 @@ DEVICE void issue_rows_product(float (&sums)[1][tiles][4], const uint32_t (&a)[s
 
 // --- maps -----------------------------------------------------------------------------------------------
 
-// Of the stride of a dimension of 1 only that it must be a valid one.
-inline uint64_t map_stride(int64_t elements, int64_t size) {
-  return size == 1 ? 16 : static_cast<uint64_t>(2 * elements);
+// The strides of dimensions 1 on, in bytes. Of a dimension of 1 it may be anything: here what it would be in a
+// tensor that is contiguous up to there.
+template <int rank>
+void set_map_strides(uint64_t (&bytes)[rank - 1], const uint64_t (&dims)[rank], const int64_t (&elements)[rank - 1]) {
+  uint64_t inner = 2 * dims[0];
+  for (int i = 0; i < rank - 1; ++i) {
+    bytes[i] = dims[i + 1] == 1 ? inner : static_cast<uint64_t>(2 * elements[i]);
+    inner = bytes[i] * dims[i + 1];
+  }
 }
 
 // (batch, heads, rows, head_dim), brought in boxes of `box_rows` rows and 64 columns. What lies beyond the
@@ -60,8 +66,8 @@ int make_heads_map(TensorMap* map, const void* data, const HeadStrides& strides,
                    int heads, int rows, int box_rows) {
   const uint64_t dims[] = {static_cast<uint64_t>(shape.head_dim), static_cast<uint64_t>(rows),
                            static_cast<uint64_t>(heads), static_cast<uint64_t>(shape.batch)};
-  const uint64_t bytes[] = {map_stride(strides.row, rows), map_stride(strides.head, heads),
-                            map_stride(strides.batch, shape.batch)};
+  uint64_t bytes[3];
+  set_map_strides<4>(bytes, dims, {strides.row, strides.head, strides.batch});
   const uint32_t box[] = {64, static_cast<uint32_t>(box_rows), 1, 1};
   return make_tensor_map<T>(map, data, 4, dims, bytes, box, SwizzleSpan::bytes128);
 }
@@ -74,8 +80,8 @@ int make_packed_map(TensorMap* map, const void* data, const HeadStrides& strides
   const uint64_t dims[] = {static_cast<uint64_t>(shape.head_dim), static_cast<uint64_t>(pack),
                            static_cast<uint64_t>(shape.queries), static_cast<uint64_t>(packs),
                            static_cast<uint64_t>(shape.batch)};
-  const uint64_t bytes[] = {map_stride(strides.head, pack), map_stride(strides.row, shape.queries),
-                            map_stride(strides.head * pack, packs), map_stride(strides.batch, shape.batch)};
+  uint64_t bytes[4];
+  set_map_strides<5>(bytes, dims, {strides.head, strides.row, strides.head * pack, strides.batch});
   const uint32_t box[] = {64, static_cast<uint32_t>(pack), static_cast<uint32_t>(64 / pack), 1, 1};
   return make_tensor_map<T>(map, data, 5, dims, bytes, box, SwizzleSpan::bytes128);
 }

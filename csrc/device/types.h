@@ -81,9 +81,11 @@ HOST_DEVICE constexpr uint64_t matrix_descriptor(shared_addr start, uint32_t lea
          static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 | mode << 62;
 }
 
-// The operand that begins `bytes` further, a multiple of 16: one addition, where a descriptor made anew takes
-// several instructions. Shared memory has 228 KiB, so that the sum stays within the 14 bits of its field.
-HOST_DEVICE constexpr uint64_t advanced(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+// The operand that begins `bytes` further, a multiple of 16: one addition of 32 bits, where a descriptor made
+// anew takes several instructions. Shared memory has 228 KiB, so that the sum stays within its 14 bits.
+HOST_DEVICE constexpr uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
 
 // --- host ------------------------------------------------------------------------------------------
 

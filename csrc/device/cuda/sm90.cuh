@@ -178,13 +178,18 @@ int make_tensor_map(TensorMap* map, const void* base, int rank, const uint64_t* 
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  // Through the runtime, so that nothing links with the driver.
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-  if (error != cudaSuccess) return error;
-  if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  // Through the runtime, so that nothing links with the driver; asked once.
+  struct Found {
+    void* function = nullptr;
+    cudaError_t error;
+    Found() {
+      cudaDriverEntryPointQueryResult status;
+      error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+      if (error == cudaSuccess && status != cudaDriverEntryPointSuccess) error = cudaErrorNotSupported;
+    }
+  };
+  static const Found found;
+  if (found.error != cudaSuccess) return found.error;
   const CUtensorMapDataType type = std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -196,7 +201,7 @@ int make_tensor_map(TensorMap* map, const void* base, int rank, const uint64_t* 
   for (int i = 0; i < rank; ++i) dims_[i] = dims[i];
   for (int i = 0; i + 1 < rank; ++i) strides_[i] = strides[i];
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result = reinterpret_cast<Encode>(found)(
+  const CUresult result = reinterpret_cast<Encode>(found.function)(
       map, type, rank, const_cast<void*>(base), dims_, strides_, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
