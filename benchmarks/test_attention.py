@@ -221,7 +221,7 @@ def test_ladder(race, report, benchmark, matmul_rate):
     if answer.backend != "cuda":
         pytest.skip(f"only a GPU is timed: {answer.reasons['cuda']}")
     functions: dict[str, Attention] = {
-        f"almostgpt ({kernels.explain('flash_attention', q, k, v).backend})": kernels.flash_attention,
+        f"almostgpt ({kernels.explain('flash_attention', q, k, v).kernel})": kernels.flash_attention,
         **{step: functools.partial(attention_ladder, step) for step in STEPS},
     }
     harness.check_equal({name: (run(f, example),) for name, f in functions.items()})

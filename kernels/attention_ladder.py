@@ -1,7 +1,8 @@
-"""Attention in steps, for readers: from the textbook to FlashAttention, before tensor cores.
+"""Attention in steps, for readers: from the textbook to FlashAttention on tensor cores.
 
-The kernels are in ``csrc/attention/ladder/``, where each step says what it costs and what the next
-one will save; the last step is the kernel that ``kernels.flash_attention`` runs. Forward only::
+The first two kernels are in ``csrc/attention/ladder/``, where each step says what it costs and what
+the next one will save; ``"mma"`` is the kernel that ``kernels.flash_attention`` runs on every card
+but Hopper, here on any. Forward only::
 
     from almostgpt.kernels.attention_ladder import attention_ladder
 
@@ -19,7 +20,7 @@ from almostgpt.errors import UserError
 from almostgpt.kernels.csrc import csrc_kernels, define
 from almostgpt.kernels.dispatch import Kernel, Op
 
-STEPS = ("naive", "tiled")
+STEPS = ("naive", "tiled", "mma")
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def attention_ladder(
     """Softmax(q kᵀ · scale) v of each head, by one step of the ladder; no gradient flows through.
 
     Args:
-        step: ``"naive"`` or ``"tiled"``.
+        step: ``"naive"``, ``"tiled"`` or ``"mma"``.
         q, k, v: (B, H, T, D), one shape, dtype and device. The kernels take bfloat16 and float16,
             and a D that is a multiple of 8 up to 128; else, and on a CPU, plain PyTorch runs.
         causal: position i sees the positions j ≤ i.

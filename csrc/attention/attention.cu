@@ -40,6 +40,12 @@ int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void
       return attention_forward_sm90<width()>(inputs, out, lse, card, stream);
     });
 #endif
+  return attention_forward_mma(inputs, out, lse, stream);
+}
+
+int attention_forward_mma(const AttentionInputs& inputs, Heads out, float* lse, void* stream) {
+  Card card;
+  if (const int error = current_card(card)) return error;
   return with_width(inputs.shape.head_dim, [&](auto width) {
     return attention_forward_sm80<width()>(inputs, out, lse, card, stream);
   });

@@ -53,6 +53,8 @@ struct AttentionInputs {
 
 // out like q; lse (batch, heads, queries): the logarithm of each row's sum of exp(score), with the sink.
 int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void* stream);
+// The same by mma.sync, as on every card, where attention_forward would take Hopper's own kernel: to compare them.
+int attention_forward_mma(const AttentionInputs& inputs, Heads out, float* lse, void* stream);
 
 struct AttentionGradients {
   ConstHeads out, dout;

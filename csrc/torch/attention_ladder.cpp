@@ -1,6 +1,7 @@
-// The ops attention_ladder_naive and attention_ladder_tiled, on CUDA and on the emulator.
+// The ops attention_ladder_naive, _tiled and _mma, on CUDA and on the emulator.
 // Their schemas, fakes and CPU versions are in kernels/attention_ladder.py.
 
+#include "attention/attention.h"
 #include "attention/ladder/ladder.h"
 
 #include <limits>
@@ -60,11 +61,34 @@ Tensor tiled(Context& context, const Tensor& q, const Tensor& k, const Tensor& v
   return out;
 }
 
+Tensor mma(Context& context, const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
+  check(context.op, q, k, v);
+  const Tensor dense_q = contiguous(q), dense_k = contiguous(k), dense_v = contiguous(v);
+  Tensor out = new_empty(q, q.sizes());
+  if (q.numel() == 0) return out;
+  Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const auto size = [&](int d) { return static_cast<int>(q.size(d)); };
+  const int batch = size(0), heads = size(1), length = size(2);
+  const int64_t width = q.size(3);
+  const HeadStrides strides{heads * length * width, length * width, width};
+  AttentionInputs inputs{{batch, heads, heads, length, length, static_cast<int>(width), dtype_of(context.op, "q", q)},
+                         {},
+                         {context.input("q", dense_q), strides},
+                         {context.input("k", dense_k), strides},
+                         {context.input("v", dense_v), strides}};
+  inputs.options.scale = static_cast<float>(scale);
+  if (causal) inputs.options.window_right = 0;
+  context.check(attention_forward_mma(inputs, {context.output("out", out), strides},
+                                      context.output<float>("lse", lse), context.stream()));
+  return out;
+}
+
 }  // namespace
 
 ALMOSTGPT_OPS(library) {
   implement<&naive>(library, "attention_ladder_naive");
   implement<&tiled>(library, "attention_ladder_tiled");
+  implement<&mma>(library, "attention_ladder_mma");
 }
 
 }  // namespace almostgpt::binding

@@ -1,12 +1,13 @@
-// Attention as a ladder, for readers: the same function in three steps from the textbook to tensor cores.
+// Attention as a ladder, for readers: the same function in four steps from the textbook to Hopper.
 //
-//   1  naive.cu           S = Q Kᵀ goes to global memory: three kernels, a line of the formula each
-//   2  tiled.cu           FlashAttention: tiles in shared memory, a softmax that goes along, plain fp32 arithmetic
-//   3  ../forward_sm80.cuh  the same on tensor cores, with copies that run ahead: what kernels.flash_attention runs
+//   1  naive.cu             S = Q Kᵀ goes to global memory: three kernels, a line of the formula each
+//   2  tiled.cu             FlashAttention: tiles in shared memory, a softmax that goes along, plain fp32 arithmetic
+//   3  ../forward_sm80.cuh  the same on tensor cores, with copies that run ahead: kernels.flash_attention but on Hopper
+//   4  ../forward_sm90.cuh  products and copies by units of their own, which some threads only feed: on Hopper
 //
 // Each step says what it costs, in bytes and FLOPs, and what the next one will save. The first two serve
-// no model: kernels/attention_ladder.py calls them by number, tests/kernels/test_attention_ladder.py counts
-// their bytes, and benchmarks/test_attention.py times all three.
+// no model: kernels/attention_ladder.py calls them, and the third ("mma") on any card, by name;
+// tests/kernels/test_attention_ladder.py counts their bytes, and benchmarks/test_attention.py times all.
 #pragma once
 
 #include <cstdint>
