@@ -213,7 +213,7 @@ def test_attention(case, direction, race, report, benchmark, matmul_rate):
 
 
 def test_ladder(race, report, benchmark, matmul_rate):
-    """The steps for readers of csrc/attention/ladder/, up to the kernel that models run."""
+    """The steps for readers (csrc/attention/ladder/), up to the kernel that models run here."""
     case = Case("full", 1, 16, 16, 2048, 128, causal=False)
     example = make_inputs(case)
     q, k, v, _ = example

@@ -1,13 +1,11 @@
 // The ops attention_ladder_naive, _tiled and _mma, on CUDA and on the emulator.
 // Their schemas, fakes and CPU versions are in kernels/attention_ladder.py.
 
-#include "attention/attention.h"
 #include "attention/ladder/ladder.h"
 
 #include <limits>
 
-#include "torch/context.h"
-#include "torch/tensors.h"
+#include "torch/heads.h"
 
 namespace almostgpt::binding {
 namespace {
@@ -61,25 +59,20 @@ Tensor tiled(Context& context, const Tensor& q, const Tensor& k, const Tensor& v
   return out;
 }
 
-Tensor mma(Context& context, const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
-  check(context.op, q, k, v);
-  const Tensor dense_q = contiguous(q), dense_k = contiguous(k), dense_v = contiguous(v);
-  Tensor out = new_empty(q, q.sizes());
-  if (q.numel() == 0) return out;
+// In place, whatever the strides, as flash_attention reads: so that the two can be compared.
+Tensor mma(Context& context, const Tensor& q_, const Tensor& k_, const Tensor& v_, double scale, bool causal) {
+  check(context.op, q_, k_, v_);
+  Tensor out = new_empty(q_, q_.sizes());
+  if (q_.numel() == 0) return out;
+  const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  const auto size = [&](int d) { return static_cast<int>(q.size(d)); };
-  const int batch = size(0), heads = size(1), length = size(2);
-  const int64_t width = q.size(3);
-  const HeadStrides strides{heads * length * width, length * width, width};
-  AttentionInputs inputs{{batch, heads, heads, length, length, static_cast<int>(width), dtype_of(context.op, "q", q)},
-                         {},
-                         {context.input("q", dense_q), strides},
-                         {context.input("k", dense_k), strides},
-                         {context.input("v", dense_v), strides}};
+  const auto size = [&](int64_t d) { return static_cast<int>(q.size(d)); };
+  const AttentionShape shape{size(0), size(1), size(1), size(2), size(2), size(3), dtype_of(context.op, "q", q)};
+  AttentionInputs inputs{shape, {}, input(context, "q", q), input(context, "k", k), input(context, "v", v)};
   inputs.options.scale = static_cast<float>(scale);
   if (causal) inputs.options.window_right = 0;
-  context.check(attention_forward_mma(inputs, {context.output("out", out), strides},
-                                      context.output<float>("lse", lse), context.stream()));
+  context.check(attention_forward_mma(inputs, output(context, "out", out), context.output<float>("lse", lse),
+                                      context.stream()));
   return out;
 }
 

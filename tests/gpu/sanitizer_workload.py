@@ -60,6 +60,9 @@ def flash_attention() -> int:
                 *leaves, causal=True, window=(70, -1), deterministic=deterministic, **options
             )
             torch.autograd.grad(out, leaves, dout)
+        if Tq == 300 and D != 40:  # more tiles of queries than multiprocessors
+            many = torch.randn(2, 64, Tq, D).to(dtype).cuda()
+            kernels.flash_attention(many, *(t.detach() for t in leaves[1:]), causal=True)
         if Tq == Tk:
             borders = torch.tensor([0, 5, Tq // 2, Tq, Tq], dtype=torch.int32).cuda()
             if Tq > 5:

@@ -6,6 +6,7 @@ from attention_kernels import attend_on
 from attention_truth import make, sinks, with_gradients
 
 from almostgpt import kernels
+from almostgpt.kernels.attention_ladder import attention_ladder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -38,6 +39,21 @@ def test_a_thousand_fast_backwards_differ_by_rounding_alone(D):
     assert all(worst[name] == 0 for name in ("out", "lse", "dk", "dv")), worst
     # Two sums in another order, and then rounded: neighbours at most.
     assert worst["dq"] <= 2 * torch.finfo(torch.bfloat16).eps * first["dq"].abs().max(), worst
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [64, 128])
+def test_hoppers_own_kernel_agrees_with_that_of_every_card(D, causal):
+    """Over more tiles of queries than multiprocessors, so that blocks go on from one to the next."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    q, k, v = make(2500, 2500, B=2, H=16, D=D, dtype=torch.bfloat16, device="cuda")[:3]
+    answer = kernels.explain("flash_attention", q, k, v, causal=causal)
+    assert (answer.backend, answer.kernel) == ("cuda", "flash_attention_sm90")
+    ours = kernels.flash_attention(q, k, v, causal=causal)
+    every = attention_ladder("mma", q, k, v, causal=causal)
+    # Both round P to 16 bits, relative to bases of their own: neighbours, of values below 1.
+    torch.testing.assert_close(ours, every, atol=8e-3, rtol=8e-3)
 
 
 def test_a_long_sequence():
