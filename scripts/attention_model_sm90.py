@@ -158,31 +158,33 @@ class Prediction:
         return self.tflops / PEAK
 
 
+def schedule(tile: HopperTile, tokens: int) -> list[int]:
+    """The first rows of all works, in the order of Schedule (heads.cuh)."""
+    tiles, heads, sharing = -(-tokens // tile.queries), BATCH * HEADS, HEADS // KV_HEADS
+    fit = GROUP_BYTES // (4 * tokens * tile.head_dim + 1)  # keys and values of a key head
+    group = min(max(1, fit), heads // sharing) * sharing
+    return [
+        at * tile.queries
+        for first in range(0, heads, group)
+        for at in reversed(range(tiles))
+        for _ in range(min(group, heads - first))
+    ]
+
+
 @cache
 def predict(
     tile: HopperTile, tokens: int, causal: bool, plain: bool = True, hidden: bool = False
 ) -> Prediction:
-    """BATCH x HEADS heads; the works in the order of Schedule and HopperWork."""
-    tiles, heads = -(-tokens // tile.queries), BATCH * HEADS
-    sharing = HEADS // KV_HEADS
-    pair_bytes = 4 * tokens * tile.head_dim
-    group = min(max(1, GROUP_BYTES // (pair_bytes + 1)), heads // sharing) * sharing
-    clocks = [
-        work(tile, tokens, (tiles - 1 - at) * tile.queries, causal, plain, hidden)
-        for at in range(tiles)
-    ]
-    order: list[float] = []
-    for first in range(0, heads, group):
-        here = min(group, heads - first)
-        order += [one for one in clocks for _ in range(here)]
-    blocks = min(MULTIPROCESSORS, len(order))
+    """For BATCH x HEADS heads, as the blocks of HopperWork take their works."""
+    clocks = [work(tile, tokens, row, causal, plain, hidden) for row in schedule(tile, tokens)]
+    blocks = min(MULTIPROCESSORS, len(clocks))
     busy = [0.0] * blocks
-    for begin in range(0, len(order), blocks):
+    for begin in range(0, len(clocks), blocks):
         back = begin // blocks % 2 == 1
-        for place, one in enumerate(order[begin : begin + blocks]):
+        for place, one in enumerate(clocks[begin : begin + blocks]):
             busy[blocks - 1 - place if back else place] += one
     total = LAUNCH + max(busy)
-    flops = 4 * heads * tokens * tokens * tile.head_dim / (2 if causal else 1)
+    flops = 4 * BATCH * HEADS * tokens * tokens * tile.head_dim / (2 if causal else 1)
     return Prediction(tile, total, flops / (total / (GHZ * 1e9)) / 1e12)
 
 

@@ -124,6 +124,30 @@ def test_out_in_the_place_of_the_queries_makes_the_next_wait():
     assert model.between(WIDE, False, False) > 2 * model.between(MIDDLE, True, False)
 
 
+SCHEDULE = """
+#include <cstdio>
+#include "attention/heads.cuh"
+using namespace almostgpt;
+int main() {
+  const Schedule schedule = make_schedule(TOKENS, QUERIES, 128, 8, int64_t{4} * TOKENS * HEAD_DIM);
+  for (unsigned block = 0; block < schedule.blocks(); ++block)
+    std::printf("%d ", (schedule.tiles - 1 - schedule.work(block).tile) * QUERIES);
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("tile, tokens", [(NARROW, 2048), (MIDDLE, 8192), (WIDE, 16384)])
+def test_works_come_in_the_order_of_the_kernel(tile, tokens, tmp_path):
+    program = tmp_path / "schedule.cpp"
+    text = SCHEDULE.replace("TOKENS", str(tokens)).replace("QUERIES", str(tile.queries))
+    program.write_text(text.replace("HEAD_DIM", str(tile.head_dim)))
+    command = ["g++", "-std=c++17", "-DALMOSTGPT_EMULATOR", "-I", ROOT / "csrc", program]
+    subprocess.run([*command, "-o", tmp_path / "schedule"], check=True)
+    printed = subprocess.run([tmp_path / "schedule"], capture_output=True, text=True).stdout
+    assert list(map(int, printed.split())) == model.schedule(tile, tokens)
+
+
 def test_a_launch_lasts_as_long_as_its_longest_list_of_works():
     # 16 tiles of queries in each of 128 heads are 15.5 for each of 132 multiprocessors: some have 16.
     found = model.predict(MIDDLE, 2048, causal=False)
