@@ -138,19 +138,23 @@ class Tile:
         )
 
 
-@cache
-def tiles() -> dict[tuple[str, int, int], Tile]:
-    """(kernel, head_dim, KiB of shared memory a block) -> the tile that tiles.h gives it."""
+def run_with_tiles(program: str) -> str:
+    """What a C++ program prints that includes tiles.h."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError("no g++ to read csrc/attention/tiles.h with")
     with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder) / "tiles.cpp", Path(folder) / "tiles"
-        source.write_text(PRINTER)
-        subprocess.run([compiler, "-std=c++17", "-I", CSRC, source, "-o", program], check=True)
-        lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+        source, binary = Path(folder) / "tiles.cpp", Path(folder) / "tiles"
+        source.write_text(program)
+        subprocess.run([compiler, "-std=c++17", "-I", CSRC, source, "-o", binary], check=True)
+        return subprocess.run([binary], check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def tiles() -> dict[tuple[str, int, int], Tile]:
+    """(kernel, head_dim, KiB of shared memory a block) -> the tile that tiles.h gives it."""
     found = {}
-    for line in lines.splitlines():
+    for line in run_with_tiles(PRINTER).splitlines():
         kernel, shared, *numbers = line.split()
         tile = Tile(kernel, *map(int, numbers))
         found[kernel, tile.head_dim, int(shared)] = tile
@@ -444,16 +448,29 @@ FAST = {
 SLOW = {"code": code_table}
 
 
-def with_tables(text: str, makers: dict) -> str:
+def with_tables(text: str, makers: dict, script: str = "attention_estimate.py") -> str:
     """The page with the tables between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` made anew."""
     for name, make in makers.items():
-        begin, end = f"<!-- {name}: scripts/attention_estimate.py -->\n", f"<!-- end of {name} -->"
+        begin, end = f"<!-- {name}: scripts/{script} -->\n", f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not found or not closed:
             raise ValueError(f"the page has no place for the table {name!r}")
         text = f"{before}{begin}{make()}\n{end}{after}"
     return text
+
+
+def update_page(page: Path, makers: dict, script: str, only_check: bool) -> int:
+    """Write the page with its tables made anew, or say whether it is stale; the exit status."""
+    old = page.read_text(encoding="utf-8")
+    new = with_tables(old, makers, script)
+    if not only_check:
+        page.write_text(new, encoding="utf-8")
+        return 0
+    if new == old:
+        return 0
+    print(f"{page} is stale: run python scripts/{script}", file=sys.stderr)
+    return 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -463,15 +480,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
     parser.add_argument("--compile", action="store_true", help="the table of nvcc's code too")
     options = parser.parse_args(arguments)
-    old = PAGE.read_text(encoding="utf-8")
-    new = with_tables(old, {**FAST, **(SLOW if options.compile else {})})
-    if not options.check:
-        PAGE.write_text(new, encoding="utf-8")
-        return 0
-    if new == old:
-        return 0
-    print(f"{PAGE} is stale: run python scripts/attention_estimate.py", file=sys.stderr)
-    return 1
+    makers = {**FAST, **(SLOW if options.compile else {})}
+    return update_page(PAGE, makers, "attention_estimate.py", options.check)
 
 
 if __name__ == "__main__":

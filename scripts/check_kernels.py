@@ -58,6 +58,13 @@ EXPECTED = (
         has="LDGSTS LDSM HMMA STG.128",
         lacks="LDG.16 LDG.128 STG.16",
     ),
+    # … and on Hopper by TMA, and wgmma reads them there.
+    Expectation(
+        r"attention_forward_sm90_kernel<.*>",
+        has="UTMALDG HGMMA UTMASTG USETMAXREG",
+        lacks="HMMA LDSM LDG.16 STG.16",
+        archs=("90a",),
+    ),
     Expectation(
         r"attention_backward_kernel<.*>",
         has="LDGSTS LDSM HMMA STG.128 LDG.128",
@@ -103,9 +110,10 @@ EXPECTED = (
 )
 
 # LDGSTS: cp.async. LDSM: ldmatrix. HMMA: mma.sync. HGMMA: wgmma. UTMA…: TMA, to and from shared memory.
+# USETMAXREG: setmaxnreg.
 COUNTED = (
     *("LDG", "STG", "LDGSTS", "LDSM", "HMMA", "HGMMA"),
-    *("UTMALDG", "UTMASTG", "UTMAREDG", "LDL", "STL"),
+    *("UTMALDG", "UTMASTG", "UTMAREDG", "USETMAXREG", "LDL", "STL"),
 )
 
 
@@ -156,8 +164,8 @@ def archs_of(source: Path, archs: list[str]) -> list[str]:
     return [arch for arch in archs if arch == "90a" or not source.stem.endswith("_sm90")]
 
 
-def compile_one(tools: Tools, source: Path, arch: str) -> Report:
-    """Compile to machine code; read the compiler's messages and the code, and throw it away."""
+def machine_code(tools: Tools, source: Path, arch: str) -> tuple[str, str | None]:
+    """What nvcc says, and the code that nvdisasm prints; None where there is none to print."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         command = [tools.nvcc, "-O3", "-std=c++17", "-I", CSRC, f"-arch=sm_{arch}"]
@@ -165,16 +173,22 @@ def compile_one(tools: Tools, source: Path, arch: str) -> Report:
         run = subprocess.run(command, capture_output=True, text=True)
         text = run.stdout + run.stderr
         if run.returncode != 0:
-            return Report(source, arch, (), (f"nvcc failed:\n{text.strip()}",))
+            return f"nvcc failed:\n{text.strip()}", None
         code = subprocess.run([tools.nvdisasm, "-c", cubin], capture_output=True, text=True)
+    if code.returncode != 0:
+        return f"nvdisasm failed:\n{code.stderr.strip()}", None
+    return text, code.stdout
+
+
+def compile_one(tools: Tools, source: Path, arch: str) -> Report:
+    """Compile to machine code; read the compiler's messages and the code, and throw it away."""
+    text, code = machine_code(tools, source, arch)
+    if code is None:
+        return Report(source, arch, (), (text,))
     problems = [
         line.strip() for line in text.splitlines() if re.search(r"\bwarning\b|C75\d\d", line, re.I)
     ]
-    if code.returncode != 0:
-        problems.append(f"nvdisasm failed:\n{code.stderr.strip()}")
-    kernels = parse(
-        text, arch, count_instructions(code.stdout), lambda names: demangle(tools, names)
-    )
+    kernels = parse(text, arch, count_instructions(code), lambda names: demangle(tools, names))
     problems += [f"{k.name} spills {k.spills} bytes" for k in kernels if k.spills]
     return Report(source, arch, kernels, tuple(problems))
 

@@ -1,6 +1,7 @@
 """What scripts/check_kernels.py reads out of the messages of ptxas and the code of nvdisasm."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_registers_shared_memory_spills_and_instructions_are_read():
         ("STG.E", "STG.32"),
         ("LDL.64", "LDL"),
         ("LDSM.16.MT88.4", "LDSM"),
+        ("USETMAXREG.TRY_ALLOC.CTAPOOL", "USETMAXREG"),
         ("LDS.128", None),
         ("IMAD.MOV.U32", None),
     ],
@@ -120,6 +122,19 @@ def test_what_is_not_as_expected_is_named():
     ]
     # An architecture that was not compiled is not missed.
     assert unmet(Expectation(r"copy<2>", has="LDG.16", archs=("80", "90a")), archs=("80",)) == []
+
+
+def test_each_attention_kernel_meets_the_expectations_of_its_own_architecture():
+    sm80 = "attention_forward_kernel<bf16, ForwardTile<64, 128, 64, 4>, PlainScore>"
+    sm90 = "attention_forward_sm90_kernel<bf16, HopperForwardTile<64, 3, 128, 2>, PlainScore>"
+    back = "attention_backward_kernel<bf16, BackwardTile<64, 128, 64, 2, 4, 1>, PlainScore>"
+    meant = {
+        name: [e for e in check_kernels.EXPECTED if e.has and re.fullmatch(e.kernels, name)]
+        for name in (sm80, sm90, back)
+    }
+    assert [len(found) for found in meant.values()] == [1, 1, 1]
+    assert "HMMA" in meant[sm80][0].has.split() and "HMMA" in meant[sm90][0].lacks.split()
+    assert (meant[sm80][0].archs, meant[sm90][0].archs) == (check_kernels.ARCHS, ("90a",))
 
 
 def test_the_files_of_hopper_are_compiled_for_hopper_alone():
