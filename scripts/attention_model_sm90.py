@@ -26,7 +26,6 @@ from hopper_tile import (
     FMAS_A_CLOCK,
     LENGTHS,
     HopperTile,
-    is_plain,
     score_of,
     tile_for,
     used,
@@ -72,25 +71,21 @@ def step(
     masked: int = 0,
     plain: bool = True,
     hidden: bool = False,
-    late: float = 0.0,
 ) -> Step:
     """A step in which so many of the warpgroups have scores to compute, some of them to mask.
 
-    ``hidden``: the start of products is. ``late``: the share of the exponentials that the compiler
-    has put behind the wait for O += P V, where nothing but other warpgroups hides them.
+    ``plain``: they are not bent by a softcap. ``hidden``: the start of products is.
     """
     working = tile.consumers if working is None else working
     units = {
         "tensor cores": working * 2 * tile.product,
-        "exp2": working * tile.exp2,
+        "exp2": working * tile.exp2(plain),
         "issue": working * tile.instructions(plain) + masked * tile.mask_instructions,
         "shared memory": working * tile.shared + tile.step_bytes / SHARED_BYTES_A_CLOCK,
     }
     start = 0 if hidden else HAND_OVER
-    late_clocks = late * tile.exp2
-    alone = late_clocks + tile.rounding + LATENCY_IN_A_STEP  # with no products of its own under way
-    chain = start + tile.product + alone
-    chain += max(tile.product, tile.softmax(plain, masked > 0) - late_clocks)
+    alone = tile.rounding + LATENCY_IN_A_STEP  # with no products of its own under way
+    chain = start + tile.product + max(tile.product, tile.softmax(plain, masked > 0)) + alone
     if tile.take_turns:
         exposed = working * start
     else:  # nothing keeps the warpgroups apart: at worst all are alone at the same time
@@ -135,9 +130,10 @@ def between(tile: HopperTile, plain: bool, masked: bool) -> float:
     first = max(0.0, first - (tile.consumers - 1) * tile.product)
     fetch = FETCH + tile.query_bytes / FETCH_BYTES_A_CLOCK
     if tile.out_apart:
-        # The next queries are sent for when the last warpgroup has its last scores, and come while it
-        # ends: at least its last O += P V is hidden, or hides.
-        return first + max(0.0, fetch - tile.product)
+        # The next queries are sent for when the last warpgroup has its last products of scores, and come
+        # while it turns these into exponentials and adds them up.
+        ends = tile.softmax(plain, False) + tile.rounding + LATENCY_IN_A_STEP + tile.product
+        return first + max(0.0, fetch - ends)
     # They wait for out to be scaled, rounded, stored, and read by TMA.
     scaled = 1.5 * tile.head_dim + 2 * LATENCY_IN_A_STEP
     return first + scaled + tile.query_bytes / SHARED_BYTES_A_CLOCK + fetch
@@ -235,10 +231,10 @@ def step_table() -> str:
 
 
 def predictions(head_dim: int, hidden: bool) -> list[str]:
-    plain, cells = is_plain(head_dim), []
+    cells = []
     for tokens in LENGTHS:
         causal, full = (
-            predict(tile_for(head_dim, tokens, way, plain), tokens, way, plain, hidden).tflops
+            predict(tile_for(head_dim, tokens, way), tokens, way, hidden=hidden).tflops
             for way in (True, False)
         )
         cells.append(f"{causal:.0f} \\| {full:.0f}")

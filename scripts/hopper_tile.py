@@ -69,22 +69,22 @@ class HopperTile:
         """Q K^T, and P V the same."""
         return 64 * self.keys * self.head_dim / FMAS_A_CLOCK
 
-    @property
-    def exp2(self) -> float:
-        return 64 * self.keys / EXP2_A_CLOCK
+    def exp2(self, plain: bool = True) -> float:
+        """A softcap is two instructions of that unit more for each score."""
+        return (1 if plain else 3) * 64 * self.keys / EXP2_A_CLOCK
 
     def instructions(self, plain: bool) -> float:
         """Of a warp beside its products, which is clocks of its scheduler. By hand; nvcc's are near.
 
         Of each of a thread's keys / 2 scores: max, multiply-add, exp2, sum, half a rounding to 16
-        bits; and 5 to bend it. Of each product about 6 for its operands' address.
+        bits; and 8 for a softcap. Of each product about 6 for its operands' address.
         """
-        score = 4.5 if plain else 9.5
+        score = 4.5 if plain else 12.5
         return score * self.keys / 2 + 6 * self.keys / 16 + 7 * self.head_dim / 16 + 60
 
     @property
     def mask_instructions(self) -> float:
-        return 3 * self.keys / 2  # two comparisons, a choice
+        return 2 * self.keys / 2  # a comparison and a choice
 
     @property
     def shared(self) -> float:
@@ -99,12 +99,11 @@ class HopperTile:
         return 2 * self.keys * self.head_dim * 2
 
     def softmax(self, plain: bool, masked: bool) -> float:
-        """From the scores to their exponentials, of a warpgroup that has the units for itself.
+        """From the products to their exponentials, of a warpgroup that has the units for itself.
 
         The first half of its rows finds its tops, at two clocks each, before the first exponential.
         """
-        before = self.keys / 2 + (0 if plain else 5 * self.keys / 2)
-        return before + self.exp2 + (self.mask_instructions if masked else 0)
+        return self.keys / 2 + self.exp2(plain) + (self.mask_instructions if masked else 0)
 
     @property
     def rounding(self) -> float:
@@ -173,15 +172,9 @@ def tile_for(head_dim: int, tokens: int, causal: bool, plain: bool = True) -> Ho
     return chosen()[Choice(head_dim, plain, not causal, tokens)][0]
 
 
-def is_plain(head_dim: int) -> bool:
-    """Which of the two scores attention without options has (with_types of heads.cuh)."""
-    return head_dim < 256
-
-
 def used() -> dict[tuple[HopperTile, bool], None]:
     """The tiles that are compiled, each with its score: plain or bent."""
-    pairs = ((tile, choice.plain) for choice, (tile, _) in chosen().items())
-    return dict.fromkeys((t, plain) for t, plain in pairs if not plain or is_plain(t.head_dim))
+    return dict.fromkeys((tile, choice.plain) for choice, (tile, _) in chosen().items())
 
 
 def score_of(plain: bool) -> str:

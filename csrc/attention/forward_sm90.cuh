@@ -238,6 +238,11 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
     }
   };
 
+  // When the last scores are there, the next queries may come.
+  const auto release_queries_after = [&](int tile) {
+    if (Tile::out_apart && tile == own.begin) queries.release();
+  };
+
   const bool works = own.begin < own.end;
   let_pass(works ? own.end : tiles.begin);
   if (works) {
@@ -253,6 +258,7 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
       wgmma_wait<0>();
       keep_registers(flat(scores));
       k.release();
+      release_queries_after(tile);
       exponentiate(tile);
       round_scores();
       --tile, ++use;
@@ -272,6 +278,7 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
       wgmma_wait<1>();
       keep_registers(flat(scores));
       k.release();
+      release_queries_after(tile);
       exponentiate(tile);
       const auto finish_output = [&] {
         wgmma_wait<0>();
@@ -288,7 +295,6 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
       }
       round_scores();  // not before: the product was reading P
     }
-    if constexpr (Tile::out_apart) queries.release();
     const auto v = shared.values.at(use - 1);
     v.wait_until_full();
     settle();

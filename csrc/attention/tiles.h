@@ -86,23 +86,19 @@ constexpr int64_t hopper_steps_cost(int64_t keys, int tile_keys) {
 }
 
 // Calls f with the tile. Where every query sees all keys, wide tiles of keys save steps; where the range of
-// keys ends within a tile, in causal attention say, narrow ones waste less of the last. A score that is bent
-// (`plain` is false) takes more registers: 160 a thread are too few for 128 keys, 240 for 160, and at width 256
-// for 80.
+// keys ends within a tile, in causal attention say, narrow ones waste less of the last. To bend a score
+// (`plain` is false) takes more registers, for which 160 a thread are too few.
 // scripts/attention_tiles.py lists what else there is room for, and what it would cost.
 template <int head_dim, bool plain, class F>
 constexpr int with_hopper_forward_tile(bool all_keys, int64_t keys, F f) {
   if constexpr (head_dim == 64) {
     return f(HopperForwardTile<64, plain ? 3 : 2, 128>());
   } else if constexpr (head_dim == 128) {
-    if constexpr (plain) {
-      if (all_keys && hopper_steps_cost(keys, 160) < hopper_steps_cost(keys, 128))
-        return f(HopperForwardTile<128, 2, 160>());
-    }
-    return f(HopperForwardTile<128, 2, 128>());
+    const bool wide = all_keys && hopper_steps_cost(keys, 160) < hopper_steps_cost(keys, 128);
+    return wide ? f(HopperForwardTile<128, 2, 160>()) : f(HopperForwardTile<128, 2, 128>());
   } else {
     static_assert(head_dim == 256);
-    return f(HopperForwardTile<256, 2, plain ? 80 : 64>());
+    return f(HopperForwardTile<256, 2, 80>());
   }
 }
 

@@ -114,6 +114,8 @@ def test_bytes_are_those_that_the_emulator_counts(card, shared, head_dim):
         tile = estimate.tiles()[kernel, head_dim, shared]
         step, steps = estimate.step_of(tile), (T // tile.queries) * (T // tile.keys)
         once = {"forward": 1, "backward": 2}[kernel] * T * head_dim * 2  # q; k and v
+        if card == (9, 0) and kernel == "forward":
+            continue  # Hopper's own: test_flash_attention_emulated.py counts its bytes
         (found,) = (value for name, value in counted.items() if tile.name in name)
         assert found["global_read_bytes"] == once + steps * step.read
         written = once + (4 * T if kernel == "forward" else steps * step.summed)
