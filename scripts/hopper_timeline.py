@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw how a block of Hopper's attention forward works in time, by the model: docs/images/hopper_pipeline.svg.
+"""Draw how a block of Hopper's forward works in time, by the model: docs/images/hopper_pipeline.svg.
 
 Each warpgroup does in order what forward_sm90.cuh says; the tensor cores take products in the order in
 which they are issued, and TMA brings a tile when its place is empty. Clocks are those of
