@@ -13,6 +13,7 @@ machines, the order of them all is the same, and a number is the whole state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ from almostgpt.errors import UserError
 BAR_FROM_TOKENS = 1 << 30  # about two seconds of looking for documents
 
 
-class Order:
+class Order(ABC):
     """What all orders have.
 
     Args:
@@ -56,9 +57,9 @@ class Order:
         self.seed, self.stream, self.drawn_together = seed, stream, drawn_together
         self._set_up()
 
+    @abstractmethod
     def pieces(self, numbers: Sequence[int], places: Sequence[int]) -> list[Piece]:
         """What rows consist of: those with ``numbers``, ascending, each to go to one of ``places``."""
-        raise NotImplementedError
 
     def _set_up(self) -> None:
         if len(self.run) <= self.block_size:
@@ -99,9 +100,9 @@ class WindowsInShards(Order):
             pieces.append((place, position, self.block_size + 1))
         return pieces
 
+    @abstractmethod
     def _windows(self, numbers: Sequence[int]) -> list[int]:
         """Which window each row is."""
-        raise NotImplementedError
 
 
 class RandomWindows(WindowsInShards):

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,12 +209,14 @@ def attention_flops(attention, c, T: int) -> float:
     return 4 * c.head_dim * seen / T
 
 
-@each_part
-def test_saved_and_loaded_it_is_the_same_to_the_bit(options, tmp_path):
+@settings(max_examples=30, deadline=None)
+@given(models())
+def test_saved_and_loaded_it_is_the_same_to_the_bit(options):
     model = make(**options, vocab_multiple=1)
     config = overlay(Config(), {"model": model.config})
-    checkpoint.export(tmp_path / "model", model, ByteTokenizer(), config)
-    loaded, _ = checkpoint.load(tmp_path / "model")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.export(Path(folder) / "model", model, ByteTokenizer(), config)
+        loaded, _ = checkpoint.load(Path(folder) / "model")
     ids = random_ids(2, 16)
     with torch.no_grad():
         assert torch.equal(model(ids, all_logits=True)[0], loaded(ids, all_logits=True)[0])
@@ -243,6 +247,18 @@ def test_it_compiles_without_a_break(options):
         torch.testing.assert_close(by_compiled[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # a second or two a model
+@settings(max_examples=40, deadline=None)
+@given(models(), st.integers(1, 16))
+def test_any_model_compiles_without_a_break(options, T):
+    torch._dynamo.reset()
+    model = make(**options)
+    ids = random_ids(2, T + 1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    found = compiled(ids[:, :-1], ids[:, 1:])[1]
+    torch.testing.assert_close(found, model(ids[:, :-1], ids[:, 1:])[1], rtol=1e-5, atol=1e-5)
+
+
 @each_part
 def test_packed_documents_equal_each_alone(options):
     model = make(**options)
@@ -262,7 +278,8 @@ def test_every_parameter_gets_a_gradient(options):
         assert gradient.abs().max() > 0, name
 
 
-@each_part
+@settings(max_examples=20, deadline=None)
+@given(models())
 def test_the_loss_falls(options):
     """On a text that repeats itself, within a few steps."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ costs time (parsing, cleaning) happens to a block by itself, in whichever proces
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,12 @@ class Corpus:
         return texts
 
 
-class BuiltIn(Corpus):
+class BuiltIn(Corpus, ABC):
     """A corpus that brings its own text and needs no ``data.path``."""
 
+    @abstractmethod
     def blocks(self, cache: Path) -> Iterator[Block]:
         """Whole files, in a fixed order. ``cache`` keeps what is downloaded."""
-        raise NotImplementedError
 
 
 def documents_of(block: Block, corpus: Corpus, column: str | None) -> Iterator[Document]:
