@@ -90,12 +90,12 @@ def csrc_kernels(
         only: the one card whose own instructions it is written in; None where it runs on all.
     """
 
+    elsewhere = f"{name} is for compute capability {only[0]}.{only[1]} alone" if only else None
+
     def refuse_others(card: Card, *args, **kwargs) -> str | None:
-        if why := refuse_card(card, *args, **kwargs):
-            return why
         if only is not None and card != only:
-            return f"{name} is for compute capability {only[0]}.{only[1]} alone"
-        return None
+            return elsewhere
+        return refuse_card(card, *args, **kwargs)
 
     def refuse_cuda(card: Card | None, tensor, *args, **kwargs) -> str | None:
         if card is None:
@@ -122,8 +122,8 @@ def csrc_kernels(
         return run(EmulatedOps(card), *args, **kwargs)
 
     return (
-        Kernel("cuda", name, refuse_cuda, run_cuda),
-        Kernel("emulator", name, refuse_emulator, run_emulator, only_forced=True),
+        Kernel("cuda", name, refuse_cuda, run_cuda, elsewhere=elsewhere),
+        Kernel("emulator", name, refuse_emulator, run_emulator, True, elsewhere),
     )
 
 

@@ -181,6 +181,8 @@ class Kernel:
         run: of an emulator kernel the card comes first here too: no device could tell it.
         only_forced: it runs in seconds what others do in microseconds (the emulator, Triton's
             interpreter), so nobody gets it who did not ask.
+        elsewhere: as what it refuses on cards that it is not for, which is no news to anybody who
+            has another; None where it is for all.
     """
 
     backend: str
@@ -188,11 +190,17 @@ class Kernel:
     refuse: Callable[..., str | None]
     run: Callable
     only_forced: bool = False
+    elsewhere: str | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which kernel would run, and for every other backend why it would not."""
+    """Which kernel would run, and why no other.
+
+    Attributes:
+        reasons: of every other backend why it would not; and, by their names, of kernels of the
+            chosen backend that would be better.
+    """
 
     op: str
     backend: str
@@ -248,11 +256,14 @@ class Op:
 
     def refusal(self, backend: str, card: Card | None, *args, **kwargs) -> str | None:
         """Why a backend has no kernel for these arguments, or None where it has one."""
-        kernels = [kernel for kernel in self.kernels if kernel.backend == backend]
-        refusals = [kernel.refuse(card, *args, **kwargs) for kernel in kernels]
-        if None in refusals:
-            return None
-        return "; ".join(dict.fromkeys(refusals)) or f"no {backend} kernel for this op"
+        refusals = {}  # each once
+        for kernel in self.kernels:
+            if kernel.backend == backend:
+                if (why := kernel.refuse(card, *args, **kwargs)) is None:
+                    return None
+                refusals[why] = why != kernel.elsewhere
+        told = [why for why, news in refusals.items() if news] or refusals
+        return "; ".join(told) or f"no {backend} kernel for this op"
 
     def _serves_only_when_forced(self, backend: str, card: Card | None, *args, **kwargs) -> bool:
         return all(
@@ -268,6 +279,12 @@ class Op:
         wanted = forced(self)
         chosen = self.choose(wanted, card, *args, **kwargs)
         reasons = {}
+        for kernel in self.kernels[: self.kernels.index(chosen)]:
+            if kernel.backend == chosen.backend:
+                asked = wanted.card if chosen.backend == "emulator" else card
+                why = kernel.refuse(asked, *args, **kwargs)
+                if why != kernel.elsewhere:
+                    reasons[kernel.name] = why
         for backend in BACKENDS:
             if backend == chosen.backend:
                 continue

@@ -370,10 +370,20 @@ def _refuse_hopper(card, q, k, v, **options) -> str | None:
         return why
     if k.shape[2] == 0:
         return "there are no keys for TMA to bring"
-    # Such tensors are read in place; others that TMA cannot take are copied on the way.
-    if any(t.stride(3) == 1 and _repeats(t) for t in (q, k, v)) and q.shape[3] % 8 == 0:
+    if q.shape[3] % 8 == 0 and any(_is_read_in_place(t) and _repeats(t) for t in (q, k, v)):
         return "TMA takes no expanded tensors, which have a stride of 0"
     return None
+
+
+def _is_read_in_place(heads: Tensor) -> bool:
+    """As ``readable`` in csrc/torch/heads.h has it: what is not is copied first."""
+    *strides, inner = heads.stride()
+    aligned = heads.storage_offset() * heads.element_size() % 16 == 0
+    return (
+        (aligned and (inner == 1 or heads.shape[3] == 1))
+        and all(n == 1 or step % 8 == 0 for n, step in zip(heads.shape, strides, strict=False))
+        and (heads.shape[2] == 1 or strides[2] < 2**23)
+    )
 
 
 def _repeats(heads: Tensor) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -340,7 +341,7 @@ def compiled(archs: tuple[str, ...] = ("80", "90a")) -> list:
 
 
 def table(head: str, rows: list[tuple]) -> str:
-    columns = head.count("|") + 1
+    columns = len(re.findall(r"(?<!\\)\|", head)) + 1  # a bar that is escaped is text
     lines = [f"| {head} |", "|---" * columns + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 

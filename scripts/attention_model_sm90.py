@@ -36,8 +36,8 @@ from hopper_tile import (
 MULTIPROCESSORS, GHZ = 132, 1.755  # an H200's; the clock under load is an assumption
 PEAK = 2 * FMAS_A_CLOCK * MULTIPROCESSORS * GHZ / 1e3  # TFLOP/s
 
-# From its turn to a warpgroup's first product: the barrier, 23 instructions, the operands' addresses
-# on their way to uniform registers.
+# From its turn to a warpgroup's first product: the barrier, and some 25 instructions that bring the
+# operands' addresses into uniform registers.
 HAND_OVER = 64
 LATENCY_IN_A_STEP = 100  # of a vote, two waits for products, two for tiles
 FETCH = 1000  # from TMA's order to the first bytes of queries, which come from DRAM …
@@ -268,11 +268,13 @@ def code_table() -> str:
                 code.instructions["HGMMA"],
                 code.loop.others,
                 f"{tile.instructions(plain):.0f}",
+                code.loop.to_start,
                 f"{code.loop.late_exp2} of {code.loop.exp2}",
             )
         )
     head = (
-        "kernel | registers | HGMMA | others in the loop | by hand | exp2 behind the wait for P V"
+        "kernel | registers | HGMMA | others in the loop | by hand | from turn to product | "
+        "exp2 behind the wait for P V"
     )
     return table(head, rows)
 

@@ -146,6 +146,19 @@ def aligned(rows: list[list[str]]) -> str:
     )
 
 
+def at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def tokens(text: str) -> int:
+    """Up to 2^18: the model goes through the works one by one."""
+    if (number := at_least_one(text)) > 1 << 18:
+        raise ValueError
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -155,17 +168,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--head-dim", type=int, nargs="+", choices=HEAD_DIMS, default=list(HEAD_DIMS)
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=tokens, default=8192, help="1 to 262144 (default: %(default)s)"
+    )
     parser.add_argument("--causal", action="store_true", help="default: all queries see all keys")
     parser.add_argument("--bent", action="store_true", help="the score of softcap and ALiBi")
-    parser.add_argument("--top", type=int, default=12, help="rows a width (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=at_least_one, default=12, help="rows a width (default: %(default)s)"
+    )
     parser.add_argument("--refused", action="store_true", help="list what cannot be, too, and why")
     parser.add_argument(
         "--compile", action="store_true", help="compile the rows with nvcc: registers, spills, loop"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="of nvcc (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=2, help="of nvcc (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
-    for head_dim in options.head_dim:
+    for head_dim in dict.fromkeys(options.head_dim):
         plain = not options.bent
         found = search(head_dim, options.tokens, options.causal, plain)
         kind = "causal" if options.causal else "full"

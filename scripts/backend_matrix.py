@@ -18,7 +18,7 @@ from torch import Tensor
 
 from almostgpt import kernels
 from almostgpt.kernels import BlockPattern, KVLayer, LinearState
-from almostgpt.kernels.dispatch import CARDS, Card, Explanation
+from almostgpt.kernels.dispatch import BACKENDS, CARDS, Card, Explanation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends.md"
 DTYPES = {
@@ -317,10 +317,13 @@ def _cell(explanation: Explanation) -> str:
 
 
 def _reasons(found: dict[tuple, Explanation], groups: list[list[Place]]) -> list[str]:
-    """Why a place runs the reference of an op that has a kernel for its like."""
+    """Why a place runs the reference, or a lesser kernel, of an op that has a kernel for its like."""
     why: dict[str, dict[str, None]] = {}  # reason -> dtypes, in order
     for (_, dtype, place), explanation in found.items():
         if explanation.backend != "reference":
+            better = {k: v for k, v in explanation.reasons.items() if k not in BACKENDS}
+            for kernel, reason in better.items():
+                why.setdefault(f"not `{kernel}`: {reason}", {})[dtype] = None
             continue
         for backend in ("cpu",) if place is CPU else ("cuda", "triton"):
             reason = f"not {backend}: {explanation.reasons[backend]}"

@@ -1,4 +1,4 @@
-"""The machine code of Hopper's attention forward: the loop over the tiles of keys, taken apart.
+"""The machine code of Hopper's attention forward: the loop over the tiles of keys, taken apart; a module.
 
 scripts/attention_model_sm90.py asks it how many instructions a step issues beside its products, and
 scripts/attention_tiles.py whether a candidate fits into the registers. Needs nvcc and nvdisasm, which
@@ -33,7 +33,6 @@ class Loop:
     Attributes:
         products: HGMMA.
         others: the rest, on the common way: no mask, no base of a row that moves.
-        aside: those that the common way jumps over: masks, bases that move.
         to_start: from the warpgroup's turn (or, without turns, the fence) to the first product.
         exp2: exponentials on the common way, and how many of them are behind the wait for O += P V.
         late_exp2: see ``exp2``.
@@ -41,7 +40,6 @@ class Loop:
 
     products: int
     others: int
-    aside: int
     to_start: int
     exp2: int
     late_exp2: int
@@ -120,17 +118,13 @@ def find_loop(instructions: list[Instruction], labels: dict[str, int]) -> Loop |
     if not loops:
         return None
     _, begin, end = min(loops)
-    common, aside, at = [], 0, begin
+    common, at = [], begin
     while at <= end:
         one = instructions[at]
         common.append(one)
         to = target(one)
         # A branch ahead that stays in the loop jumps over what is rare; those that leave it wait again.
-        if to is not None and one.predicate and at < to <= end:
-            aside += to - at - 1
-            at = to
-        else:
-            at += 1
+        at = to if to is not None and one.predicate and at < to <= end else at + 1
     first = next(i for i, one in enumerate(common) if is_product(one))
     starts = ("BAR.SYNC", "WARPGROUP.ARRIVE")
     turn = next(
@@ -141,8 +135,7 @@ def find_loop(instructions: list[Instruction], labels: dict[str, int]) -> Loop |
     return Loop(
         products=sum(map(is_product, common)),
         others=sum(not is_product(one) for one in common),
-        aside=aside,
-        to_start=first - turn,
+        to_start=first - turn - 1,
         exp2=len(exp2),
         late_exp2=sum(i > waits[-1] for i in exp2),
     )

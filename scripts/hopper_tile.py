@@ -1,4 +1,4 @@
-"""A tile of Hopper's attention forward: what csrc/attention/tiles.h has, and what one takes of each unit.
+"""A tile of Hopper's attention forward, as in tiles.h, and what it takes of each unit; a module.
 
 The model (attention_model_sm90.py) makes steps of it, and attention_tiles.py looks for others.
 """

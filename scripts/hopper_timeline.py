@@ -86,6 +86,14 @@ def timeline(tile: HopperTile, steps: int) -> list[Span]:
     return spans
 
 
+def described(tile: HopperTile, steps: int) -> str:
+    """What a picture shows, in words: a test holds the committed one against it."""
+    return "; ".join(
+        f"{span.row}: {span.label} {span.begin:.0f} to {span.end:.0f}"
+        for span in timeline(tile, steps)
+    )
+
+
 def draw(tile: HopperTile, steps: int, path: Path) -> None:
     import matplotlib
 
@@ -130,7 +138,7 @@ def draw(tile: HopperTile, steps: int, path: Path) -> None:
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(left=False)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None, "Description": described(tile, steps)})
         plt.close(figure)
 
 
@@ -138,9 +146,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=PICTURE, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=PICTURE, help="an .svg (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="2 to 20 (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if not 2 <= options.steps <= 20:
+        parser.error(f"--steps must be 2 to 20, not {options.steps}")
+    if options.out.suffix != ".svg" or not options.out.parent.is_dir():
+        parser.error(f"--out must be an .svg in a folder that is there, not {options.out}")
     draw(HopperTile(128, 2, 128), options.steps, options.out)
     return 0
 

@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_shown_for_generation(capsys):
         (["--config=nope"], "no configuration named 'nope'"),
         (["--model.norm=rsmnorm"], "did you mean rmsnorm"),
         (["--config=quickstart", "--capability=7.5"], "capability must be one of"),
-        (["--config=quickstart", "--capability=new"], "not a number such as 9.0"),
+        (["--config=quickstart", "--capability=new"], "capability must be one of 8.0, "),
         (["--config=quickstart", "--capability=9.0", "--device=cpu"], "leave --device out"),
     ],
 )

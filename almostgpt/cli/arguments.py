@@ -12,6 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from almostgpt.config import Config
 from almostgpt.config_file import coerce
 from almostgpt.errors import UserError
+from almostgpt.kernels.dispatch import CARDS
 
 # A whole configuration as options without a prefix, its booleans with a value like every other setting.
 Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
@@ -62,11 +63,11 @@ def _as_in_a_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def capability(text: str) -> tuple[int, ...]:
-    """``9.0`` as (9, 0)."""
-    try:
-        return tuple(int(number) for number in text.split("."))
-    except ValueError:
-        raise UserError(f"--capability is {text!r}, not a number such as 9.0") from None
+    """``9.0`` as (9, 0); one of a card that is known."""
+    known = {f"{major}.{minor}": (major, minor) for major, minor in CARDS}
+    if text not in known:
+        raise UserError(f"--capability must be one of {', '.join(known)}, not {text!r}")
+    return known[text]
 
 
 def parse(

@@ -35,10 +35,12 @@ int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void
   Card card;
   if (const int error = current_card(card)) return error;
 #if defined(ALMOSTGPT_SM90)
-  if (is_for_hopper(inputs, card))
-    return with_width(inputs.shape.head_dim, [&](auto width) {
+  if (is_for_hopper(inputs, card)) {
+    const int result = with_width(inputs.shape.head_dim, [&](auto width) {
       return attention_forward_sm90<width()>(inputs, out, lse, card, stream);
     });
+    if (result != kNoMap) return result;
+  }
 #endif
   return attention_forward_mma(inputs, out, lse, stream);
 }

@@ -9,9 +9,9 @@ template <int head_dim>
 int attention_forward_sm80(const AttentionInputs& inputs, Heads out, float* lse, const Card& card, void* stream);
 
 // Whether Hopper's kernel takes it: on 9.0 alone, and where TMA can bring the tensors. What its descriptors
-// cannot say, or are not known to: several entries at one place (a stride of 0, as an expanded tensor has; the
-// driver's rules leave it open), 2^40 bytes from one to the next, and no entries at all. All other strides are
-// multiples of 16 bytes anyway (attention.h). kernels/flash_attention.py says the same to who asks beforehand.
+// cannot say, or are not known to: a stride of 0, as an expanded tensor has (the driver's rules leave it open),
+// 2^40 bytes from one entry to the next, and no entries at all. All other strides are multiples of 16 bytes
+// anyway (attention.h). kernels/flash_attention.py says the same to who asks beforehand.
 inline bool is_for_hopper(const AttentionInputs& inputs, const Card& card) {
   const AttentionShape& shape = inputs.shape;
   const auto has_map = [&](const HeadStrides& strides, int heads, int rows) {
@@ -22,7 +22,8 @@ inline bool is_for_hopper(const AttentionInputs& inputs, const Card& card) {
          has_map(inputs.k.strides, shape.kv_heads, shape.keys) && has_map(inputs.v.strides, shape.kv_heads, shape.keys);
 }
 
-// Where is_for_hopper.
+// Where is_for_hopper. kNoMap, and nothing done, if the driver refuses a map all the same.
+constexpr int kNoMap = -1;
 template <int head_dim>
 int attention_forward_sm90(const AttentionInputs& inputs, Heads out, float* lse, const Card& card, void* stream);
 

@@ -85,6 +85,46 @@ DEVICE void produce(const HopperForwardArgs& a, const HopperForwardShared<Tile>&
 // tells the compiler so.
 DEVICE int consumer_group() { return shfl_idx(warp_id() / 4, 0) - 1; }
 
+// What is left when a warpgroup has seen its last tile. Out goes through shared memory, from where TMA writes whole
+// rows; those beyond the last it leaves out.
+template <class T, class Tile, class Score>
+DEVICE void finish_one(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared, const HopperWork& work,
+                       int round, int group_row, const HopperRows<Score>& rows, const OnlineSoftmax<1>& softmax,
+                       float (&out)[1][Tile::head_dim / 8][4]) {
+  using OutTile = SharedTile<Tile::group_rows, Tile::head_dim>;
+  const int group = consumer_group(), lane = lane_id(), thread = thread_id() % 128, warp = thread / 32;
+  const OutTile out_tile{shared.out + group * OutTile::bytes};
+  UNROLL for (int half = 0; half < 2; ++half) {
+    const int head = rows.head(half);
+    const float sink = a.sink_logits ? load_global<Cache::read_only>(a.sink_logits + head) * kLog2E : kMinusInfinity;
+    const auto finished = softmax.finish(0, half, rows.factor(), sink);
+    if (lane % 4 == 0 && rows.row(half) < a.rows())
+      store_global(a.lse + ((int64_t{work.batch} * a.heads + head) * a.mask.queries + rows.token(half)), finished.lse);
+    UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
+      UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[0][d][e] *= finished.weight;
+  }
+  const int barrier = kGroupBarrier + group;
+  if constexpr (Tile::out_apart) {
+    if (thread == 0) tma_wait_read<0>();  // what was there before
+  }
+  bar_sync(barrier, 128);  // nobody reads this place any more: neither TMA, nor products, where it is the queries'
+  store_fragments<T>(out_tile, out, 16 * warp, 0);
+  fence_proxy_async();  // what this thread wrote, TMA shall read,
+  bar_sync(barrier, 128);  // once the others have written, too
+  if (thread == 0) {
+    if (group_row < a.rows()) {
+      UNROLL for (int panel = 0; panel < Tile::head_dim / 64; ++panel)
+        tma_store(&a.out, out_tile.base + panel * (64 * 128), 64 * panel, 0, group_row >> a.pack_bits, work.pack,
+                  work.batch);
+      tma_commit();
+    }
+    if constexpr (!Tile::out_apart) {
+      tma_wait_read<0>();
+      shared.queries.at(round).release();
+    }
+  }
+}
+
 // One tile of queries, by one warpgroup with its 64 rows. `use` counts the uses of the rings of keys and values.
 template <class T, class Tile, class Score>
 DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Tile>& shared, const HopperWork& work,
@@ -92,8 +132,8 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
   using QTile = SharedTile<Tile::group_rows, Tile::head_dim>;
   using KTile = SharedTile<Tile::keys, Tile::head_dim>;
   const int group = consumer_group();  // asked anew: kept from work to work it would take a register too many
-  const int lane = lane_id(), thread = thread_id() % 128, warp = thread / 32;
-  const QTile q_tile{shared.queries.tiles + group * QTile::bytes}, out_tile{shared.out + group * QTile::bytes};
+  const int lane = lane_id(), warp = thread_id() % 128 / 32;
+  const QTile q_tile{shared.queries.tiles + group * QTile::bytes};
   const Turns<Tile::consumers> turns{group};
   const auto take_turn = [&] { if constexpr (Tile::take_turns) turns.take(); };
   const auto pass_turn = [&] { if constexpr (Tile::take_turns) turns.pass(); };
@@ -222,36 +262,7 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
   }
   let_pass(tiles.begin);
 
-  // Out goes through shared memory, from where TMA writes whole rows; those beyond the last it leaves out.
-  UNROLL for (int half = 0; half < 2; ++half) {
-    const int head = rows.head(half);
-    const float sink = a.sink_logits ? load_global<Cache::read_only>(a.sink_logits + head) * kLog2E : kMinusInfinity;
-    const auto finished = softmax.finish(0, half, rows.factor(), sink);
-    if (lane % 4 == 0 && rows.row(half) < a.rows())
-      store_global(a.lse + ((int64_t{work.batch} * a.heads + head) * a.mask.queries + rows.token(half)), finished.lse);
-    UNROLL for (int d = 0; d < Tile::head_dim / 8; ++d)
-      UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) out[0][d][e] *= finished.weight;
-  }
-  const int barrier = kGroupBarrier + group;
-  if constexpr (Tile::out_apart) {
-    if (thread == 0) tma_wait_read<0>();  // what was there before
-  }
-  bar_sync(barrier, 128);  // nobody reads this place any more: neither TMA, nor products, where it is the queries'
-  store_fragments<T>(out_tile, out, 16 * warp, 0);
-  fence_proxy_async();  // what this thread wrote, TMA shall read,
-  bar_sync(barrier, 128);  // once the others have written, too
-  if (thread == 0) {
-    if (group_row < a.rows()) {
-      UNROLL for (int panel = 0; panel < Tile::head_dim / 64; ++panel)
-        tma_store(&a.out, out_tile.base + panel * (64 * 128), 64 * panel, 0, group_row >> a.pack_bits, work.pack,
-                  work.batch);
-      tma_commit();
-    }
-    if constexpr (!Tile::out_apart) {
-      tma_wait_read<0>();
-      queries.release();
-    }
-  }
+  finish_one<T, Tile>(a, shared, work, round, group_row, rows, softmax, out);
 }
 
 template <class T, class Tile, class Score>
@@ -306,13 +317,13 @@ int attention_forward_sm90(const AttentionInputs& inputs, Heads out, float* lse,
       const int sharing = shape.heads / shape.kv_heads;
       const int pack = hopper_pack(shape.queries, sharing, Tile::queries);
       HopperForwardArgs args{};
-      if (const int error = make_packed_map<T>(&args.q, inputs.q.data, inputs.q.strides, shape, pack)) return error;
-      if (const int error = make_packed_map<T>(&args.out, out.data, out.strides, shape, pack)) return error;
       const auto of_keys = [&](TensorMap* map, const ConstHeads& heads) {
         return make_heads_map<T>(map, heads.data, heads.strides, shape, shape.kv_heads, shape.keys, Tile::keys);
       };
-      if (const int error = of_keys(&args.k, inputs.k)) return error;
-      if (const int error = of_keys(&args.v, inputs.v)) return error;
+      if (make_packed_map<T>(&args.q, inputs.q.data, inputs.q.strides, shape, pack) ||
+          make_packed_map<T>(&args.out, out.data, out.strides, shape, pack) || of_keys(&args.k, inputs.k) ||
+          of_keys(&args.v, inputs.v))
+        return kNoMap;
       args.lse = Global<float>(lse);
       args.mask = make_mask(shape, options);
       args.scores = make_scores(options);

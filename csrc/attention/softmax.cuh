@@ -69,7 +69,8 @@ struct OnlineSoftmax {
     total += shfl_xor(total, 1);
     total += shfl_xor(total, 2);
     const float top = max(base[r][half] * factor, sink);
-    if (top == kMinusInfinity) return {0.0f, kMinusInfinity};
+    // Seen nothing; or nothing but scores that are no numbers, of which there is then a sum that is none.
+    if (top == kMinusInfinity && total == 0.0f) return {0.0f, kMinusInfinity};
     const float shrink = exp2_approx(base[r][half] * factor - top);
     total = total * shrink + exp2_approx(sink - top);
     return {shrink * rcp_approx(total), (top + log2_approx(total)) * kLn2};

@@ -53,8 +53,8 @@ constexpr int with_forward_tile(int shared_bytes, F f) {
 
 // Of Hopper's forward: `consumers` warpgroups with 64 rows of queries each, and one that fetches for them.
 // Keys and values have `stages` places each in shared memory. Up to width 128 the warpgroups take turns at
-// the tensor cores, so that one computes its softmax while another multiplies; at 256 the products of one
-// are four times as long as its softmax, and nothing is to be gained.
+// the tensor cores, so that one computes its softmax while another multiplies; at 256, as in FlashAttention-3,
+// they do not: a product is so long that its own warpgroup's softmax hides beside it.
 template <int head_dim_, int consumers_, int keys_, int stages_ = 2>
 struct HopperForwardTile {
   static constexpr int head_dim = head_dim_, consumers = consumers_, keys = keys_, stages = stages_;

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -192,13 +193,23 @@ SNIPPETS = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", PAGE, re.S)
 
 
 def test_all_snippets_are_found():
-    assert len(SNIPPETS) == PAGE.count("```python") == 2
+    assert len(SNIPPETS) == PAGE.count("```python") == 3
 
 
 @needs_emulator
-@pytest.mark.parametrize("code, prints", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_a_snippet_prints_what_the_page_says(code, prints):
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(compile(code, "docs/attention.md", "exec"), {"__name__": "snippet"})
-    assert said.getvalue() == prints
+def test_the_snippets_print_what_the_page_says():
+    names = {"__name__": "snippet"}  # one goes on where the last ended
+    for code, prints in SNIPPETS:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(compile(code, "docs/attention.md", "exec"), names)
+        assert said.getvalue() == prints
+
+
+def test_every_table_of_the_page_is_one():
+    """As many columns in each row as in its head, or Markdown takes none of it for a table."""
+    bars = re.compile(r"(?<!\\)\|")
+    lines = estimate.PAGE.read_text(encoding="utf-8").splitlines()
+    for before, line in itertools.pairwise(lines):
+        if line.startswith("|") and before.startswith("|"):
+            assert len(bars.findall(line)) == len(bars.findall(before)), line

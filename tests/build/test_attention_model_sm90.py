@@ -198,10 +198,8 @@ LOOP = """\
 
 
 def test_the_loop_is_taken_apart():
-    # The branch out of the loop waits again; the one within jumps over a mask of two instructions.
-    assert loop_of(LOOP) == hopper_code.Loop(
-        products=2, others=9, aside=2, to_start=2, exp2=2, late_exp2=1
-    )
+    # The branch out of the loop waits again; the one within jumps over a mask.
+    assert loop_of(LOOP) == hopper_code.Loop(products=2, others=9, to_start=1, exp2=2, late_exp2=1)
     assert loop_of(LOOP.replace(".tnspB", "")) is None
 
 
@@ -241,6 +239,7 @@ def test_the_loop_has_about_as_many_instructions_as_the_model_says():
         # leave nothing to compute beside the product: see finish_output in forward_sm90.cuh.
         assert code.loop.exp2 == tile.keys // 2 * (1 if plain else 2)
         assert code.loop.late_exp2 == 0
+        assert code.loop.to_start <= 30  # HAND_OVER is for so many
         assert code.loop.others == pytest.approx(tile.instructions(plain), rel=0.05)
 
 

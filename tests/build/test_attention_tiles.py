@@ -61,6 +61,22 @@ def test_it_prints_a_table(capsys):
     assert "HopperForwardTile<256, 2, 112, 2>  wgmma.inc has no width 112" in shown
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--tokens", "0"],
+        ["--tokens", "9999999"],
+        ["--top", "-1"],
+        ["--head-dim", "65"],
+        ["--jobs", "0"],
+    ],
+)
+def test_wrong_options_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(wrong)
+    assert ended.value.code == 2 and "invalid" in capsys.readouterr().err
+
+
 @needs_compiler
 def test_the_help_has_examples_that_run(capsys):
     with pytest.raises(SystemExit):

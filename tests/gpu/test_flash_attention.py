@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_kernels import attend_on
 from attention_truth import make, sinks, with_gradients
+from torch.profiler import ProfilerActivity, profile
 
 from almostgpt import kernels
 from almostgpt.kernels.attention_ladder import attention_ladder
@@ -50,10 +51,32 @@ def test_hoppers_own_kernel_agrees_with_that_of_every_card(D, causal):
     q, k, v = make(2500, 2500, B=2, H=16, D=D, dtype=torch.bfloat16, device="cuda")[:3]
     answer = kernels.explain("flash_attention", q, k, v, causal=causal)
     assert (answer.backend, answer.kernel) == ("cuda", "flash_attention_sm90")
-    ours = kernels.flash_attention(q, k, v, causal=causal)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        ours = kernels.flash_attention(q, k, v, causal=causal)
+    # The driver has made maps for TMA of all tensors: else the kernel of every card would have run.
+    assert any("attention_forward_sm90_kernel" in event.name for event in profiled.events())
     every = attention_ladder("mma", q, k, v, causal=causal)
     # Both round P to 16 bits, relative to bases of their own: neighbours, of values below 1.
     torch.testing.assert_close(ours, every, atol=8e-3, rtol=8e-3)
+
+
+@pytest.mark.parametrize("layout", ["dense", "fused", "one head", "one batch entry", "one token"])
+def test_the_driver_makes_maps_of_every_layout(layout):
+    """The rules in its documentation are stricter than what others rely on (strides that do not ascend)."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    B, H, T = {"one head": (2, 1, 70), "one batch entry": (1, 4, 70), "one token": (2, 4, 1)}.get(
+        layout, (2, 4, 70)
+    )
+    for D in (8, 40, 64, 128, 256):
+        if layout == "fused":
+            qkv = torch.randn(B, T, 3, H, D, device="cuda", dtype=torch.bfloat16)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = torch.randn(3, B, H, T, D, device="cuda", dtype=torch.bfloat16)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            kernels.flash_attention(q, k, v)
+        assert any("attention_forward_sm90_kernel" in event.name for event in profiled.events()), D
 
 
 def test_a_long_sequence():

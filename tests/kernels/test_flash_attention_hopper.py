@@ -10,6 +10,7 @@ from attention_kernels import attend_on
 from attention_truth import make, sinks, slopes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from almostgpt import kernels
 from almostgpt.errors import UserError
@@ -176,10 +177,16 @@ def test_what_tma_cannot_take_goes_to_the_kernel_of_every_card():
         ((q[..., :20], k[..., :20], expanded[..., :20]), "sm90"),  # padded, and so copied
         ((q[..., 1:], k[..., 1:], v[..., 1:]), "sm90"),
         ((q.mT.contiguous().mT, k, v), "sm90"),  # columns apart: copied
+        # Expanded, and copied for another reason.
+        ((q, pad(k, (0, 4))[:, :1, :, :64].expand(1, 4, 90, 64), v), "sm90"),
+        ((q, pad(k, (1, 7))[:, :1, :, 1:65].expand(1, 4, 90, 64), v), "sm90"),
     ]
     for tensors, which in cases:
         explained = kernels.explain("flash_attention", *tensors, capability=HOPPER)
         assert explained.kernel == f"flash_attention_{which}"
+        better = {name: why for name, why in explained.reasons.items() if name.startswith("flash")}
+        assert [*better] == ([] if which == "sm90" else ["flash_attention_sm90"])
+        assert all("TMA" in why for why in better.values())
         emulator.reset_statistics()
         with torch.no_grad():
             result = attend(*tensors)
@@ -187,7 +194,13 @@ def test_what_tma_cannot_take_goes_to_the_kernel_of_every_card():
         assert name.startswith("attention_forward_sm90") == (which == "sm90")
         assert_right(result, tensors)
     for card in ((8, 0), (8, 9), (10, 0), (12, 0)):
-        assert kernels.explain("flash_attention", q, k, v, capability=card).kernel.endswith("sm80")
+        explained = kernels.explain("flash_attention", q, k, v, capability=card)
+        # That another card has a better one is no news.
+        assert explained.kernel.endswith("sm80") and "alone" not in str(explained)
+        explained = kernels.explain(
+            "flash_attention", *(t.float() for t in (q, k, v)), capability=card
+        )
+        assert "alone" not in explained.reasons["cuda"]
 
 
 def test_a_library_without_hoppers_own_code_does_without(monkeypatch):

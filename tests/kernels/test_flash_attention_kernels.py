@@ -158,6 +158,17 @@ def test_rows_that_see_nothing(backend, D):
     assert (got["out"][:, :, :140] == 0).all()
 
 
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_query_that_is_no_number_has_no_lse_either(backend, D):
+    device = "cuda" if backend == "cuda" else "cpu"
+    q, k, v = (t.clone() for t in make(90, 90, D=D, dtype=torch.bfloat16, device=device)[:3])
+    q[:, :, 40] = torch.nan
+    out, lse = attend_on(backend)(q, k, v, causal=True)
+    rows = torch.arange(90, device=device) == 40
+    assert out[:, :, rows].isnan().all() and lse[:, :, rows].isnan().all()
+    assert out[:, :, ~rows].isfinite().all() and lse[:, :, ~rows].isfinite().all()
+
+
 def test_empty_tensors(backend):
     device = "cuda" if backend == "cuda" else "cpu"
     for B, Tq, Tk in ((0, 5, 5), (1, 0, 5), (1, 5, 0), (1, 0, 0)):
