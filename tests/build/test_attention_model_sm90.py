@@ -240,7 +240,7 @@ def test_the_loop_has_about_as_many_instructions_as_the_model_says():
         assert code.loop.exp2 == tile.keys // 2 * (1 if plain else 2)
         assert code.loop.late_exp2 == 0
         assert code.loop.to_start <= 30  # HAND_OVER is for so many
-        assert code.loop.others == pytest.approx(tile.instructions(plain), rel=0.05)
+        assert code.loop.others == pytest.approx(tile.instructions(plain), rel=0.1)
 
 
 @pytest.mark.slow
