@@ -192,8 +192,8 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
     }
   };
 
-  // When the last scores are there, the next queries may come.
-  const auto release_queries_after = [&](int tile) {
+  // When the products of the last scores are there, the next queries may come.
+  const auto release_queries = [&] {
     if (Tile::out_apart && tile == own.begin) queries.release();
   };
 
@@ -212,7 +212,7 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
       wgmma_wait<0>();
       keep_registers(flat(scores));
       k.release();
-      release_queries_after(tile);
+      release_queries();
       exponentiate(tile);
       round_scores();
       --tile, ++use;
@@ -232,7 +232,7 @@ DEVICE void consume_one(const HopperForwardArgs& a, const HopperForwardShared<Ti
       wgmma_wait<1>();
       keep_registers(flat(scores));
       k.release();
-      release_queries_after(tile);
+      release_queries();
       exponentiate(tile);
       const auto finish_output = [&] {
         wgmma_wait<0>();
