@@ -13,6 +13,7 @@ from attention_estimate import EXP2_A_CLOCK, KIB, SHARED_BYTES_A_CLOCK, run_with
 FMAS_A_CLOCK = 2048  # dense 16-bit multiply-adds of wgmma, a multiprocessor's
 MOST_SHARED = 227 * KIB
 LENGTHS = (2048, 4096, 8192, 16384, 32768)  # of the page's predictions
+SHORT = 1024  # at width 64 it has a tile of its own
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ using namespace almostgpt;
 template <int head_dim, bool plain> void all() {
   const int lengths[] = {LENGTHS};
   for (int all_keys = 0; all_keys < 2; ++all_keys)
-    for (int keys : lengths)
-      with_hopper_forward_tile<head_dim, plain>(all_keys, keys, [&](auto tile) {
+    for (int tokens : lengths)
+      with_hopper_forward_tile<head_dim, plain>(HopperCall{tokens, tokens, 1, all_keys != 0}, [&](auto tile) {
         using Tile = decltype(tile);
-        return std::printf("%d %d %d %d  %d %d %d  %d %d %d %d %d\\n", head_dim, plain, all_keys, keys,
+        return std::printf("%d %d %d %d  %d %d %d  %d %d %d %d %d\\n", head_dim, plain, all_keys, tokens,
                            Tile::consumers, Tile::keys, Tile::stages, Tile::queries, Tile::take_turns,
                            Tile::consumer_registers, static_cast<int>(Tile::shared_bytes), Tile::out_apart);
       });
@@ -160,7 +161,7 @@ class Choice:
 def chosen() -> dict[Choice, tuple[HopperTile, tuple[int, ...]]]:
     """The tile that tiles.h gives, and how it describes itself, from ``queries`` on (PRINTER)."""
     found = {}
-    lengths = ", ".join(map(str, LENGTHS))
+    lengths = ", ".join(map(str, (SHORT, *LENGTHS)))
     for line in run_with_tiles(PRINTER.replace("LENGTHS", lengths)).splitlines():
         head_dim, plain, all_keys, tokens, consumers, keys, stages, *rest = map(int, line.split())
         choice = Choice(head_dim, bool(plain), bool(all_keys), tokens)

@@ -308,14 +308,15 @@ template <int head_dim>
 int attention_forward_sm90(const AttentionInputs& inputs, Heads out, float* lse, const Card& card, void* stream) {
   const AttentionShape& shape = inputs.shape;
   const AttentionOptions& options = inputs.options;
-  const bool all_keys = options.window_left < 0 && options.window_right < 0 && !options.cu_seqlens;
+  const int sharing = shape.heads / shape.kv_heads;
+  const HopperCall call{shape.queries, shape.keys, sharing,
+                        options.window_left < 0 && options.window_right < 0 && !options.cu_seqlens};
   return with_types<head_dim, true>(inputs, [&](auto type, auto* score) {
     using T = decltype(type);
     using Score = std::remove_pointer_t<decltype(score)>;
-    return with_hopper_forward_tile<head_dim, Score::plain>(all_keys, shape.keys, [&](auto tile) {
+    return with_hopper_forward_tile<head_dim, Score::plain>(call, [&](auto tile) {
       using Tile = decltype(tile);
-      const int sharing = shape.heads / shape.kv_heads;
-      const int pack = hopper_pack(shape.queries, sharing, Tile::queries);
+      const int pack = hopper_pack(call, Tile::queries);
       HopperForwardArgs args{};
       const auto of_keys = [&](TensorMap* map, const ConstHeads& heads) {
         return make_heads_map<T>(map, heads.data, heads.strides, shape, shape.kv_heads, shape.keys, Tile::keys);

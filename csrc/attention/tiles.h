@@ -79,41 +79,60 @@ struct HopperForwardTile {
   static_assert(shared_bytes <= 227 * kKiB);
 };
 
-// A step costs about so many keys more than it has, in barriers, votes and rows' tops (an estimate).
-constexpr int kStepKeys = 12;
-constexpr int64_t hopper_steps_cost(int64_t keys, int tile_keys) {
-  return (keys + tile_keys - 1) / tile_keys * (tile_keys + kStepKeys);
+// What a call to Hopper's forward says of its tiles.
+struct HopperCall {
+  int queries, keys;
+  int sharing;    // query heads of a key head
+  bool all_keys;  // which every query sees
+};
+
+// Query heads that read one key head may be packed into one tile of queries, `pack` of them: rows are then
+// tokens times heads. So many rows of a head are computed, those that round up to whole tiles included.
+constexpr double hopper_rows(int queries, int pack, int tile_queries) {
+  const int64_t tiles = (int64_t{queries} * pack + tile_queries - 1) / tile_queries;
+  return static_cast<double>(tiles * tile_queries) / pack;
+}
+// Worth it where tiles of a head alone would be mostly empty, as with few queries; a pack divides 64 rows, and
+// the heads that share. The largest that saves a tenth of the rows.
+constexpr int hopper_pack(const HopperCall& call, int tile_queries) {
+  int best = 1;
+  for (int pack = 2; pack <= 64 && call.sharing % pack == 0; pack *= 2)
+    if (hopper_rows(call.queries, pack, tile_queries) < 0.9 * hopper_rows(call.queries, best, tile_queries))
+      best = pack;
+  return best;
 }
 
-// Calls f with the tile. Where every query sees all keys, wide tiles of keys save steps; where the range of
-// keys ends within a tile, in causal attention say, narrow ones waste less of the last. To bend a score
-// (`plain` is false) takes more registers, for which 160 a thread are too few.
+// A step costs about so many keys more than it has, in barriers, votes and rows' tops (an estimate).
+constexpr int kStepKeys = 12;
+constexpr int64_t hopper_steps_cost(int keys, int tile_keys) {
+  return int64_t{keys + tile_keys - 1} / tile_keys * (tile_keys + kStepKeys);
+}
+
+// Calls f with the tile.
+//
+// Width 64: three warpgroups ask less of the L2 cache than two, 19 bytes a clock against 28; but where 192 rows
+// round up much worse than 128 (1,024 tokens: to 1,152), two. To bend a score (`plain` is false) takes more
+// registers than three have.
+//
+// Width 128: where every query sees all keys, wide tiles of keys save steps; where the range of keys ends within
+// a tile, in causal attention say, narrow ones waste less of the last.
+//
 // scripts/attention_tiles.py lists what else there is room for, and what it would cost.
 template <int head_dim, bool plain, class F>
-constexpr int with_hopper_forward_tile(bool all_keys, int64_t keys, F f) {
+constexpr int with_hopper_forward_tile(const HopperCall& call, F f) {
   if constexpr (head_dim == 64) {
-    return f(HopperForwardTile<64, plain ? 3 : 2, 128>());
+    if constexpr (plain) {
+      const auto rows = [&](int tile) { return hopper_rows(call.queries, hopper_pack(call, tile), tile); };
+      if (0.95 * rows(192) <= rows(128)) return f(HopperForwardTile<64, 3, 128>());
+    }
+    return f(HopperForwardTile<64, 2, 128>());
   } else if constexpr (head_dim == 128) {
-    const bool wide = all_keys && hopper_steps_cost(keys, 160) < hopper_steps_cost(keys, 128);
+    const bool wide = call.all_keys && hopper_steps_cost(call.keys, 160) < hopper_steps_cost(call.keys, 128);
     return wide ? f(HopperForwardTile<128, 2, 160>()) : f(HopperForwardTile<128, 2, 128>());
   } else {
     static_assert(head_dim == 256);
     return f(HopperForwardTile<256, 2, 80>());
   }
-}
-
-// Query heads that read one key head may be packed into one tile of queries, `pack` of them: rows are then
-// tokens times heads. Worth it where tiles of a head alone would be mostly empty, as with few queries; a
-// pack divides 64 rows, and the heads that share. The largest that saves a tenth of the rows.
-constexpr int hopper_pack(int queries, int sharing, int tile_queries) {
-  const auto rows = [=](int64_t pack) {  // of a head, computed
-    const int64_t tiles = (queries * pack + tile_queries - 1) / tile_queries;
-    return static_cast<double>(tiles * tile_queries) / static_cast<double>(pack);
-  };
-  int best = 1;
-  for (int pack = 2; pack <= 64 && sharing % pack == 0; pack *= 2)
-    if (rows(pack) < 0.9 * rows(best)) best = pack;
-  return best;
 }
 
 // A block has `keys` keys of one head; the queries and the gradients of their outputs pass by in tiles

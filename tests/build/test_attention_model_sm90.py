@@ -42,7 +42,8 @@ def test_which_tiles_are_used():
     assert tile_for(128, 8192, causal=True) == MIDDLE
     assert tile_for(128, 8192, causal=False) == HopperTile(128, 2, 160)
     assert tile_for(64, 8192, causal=True) == NARROW
-    assert len(used()) == 8  # each for bf16 and fp16: 16 kernels
+    assert tile_for(64, 1024, causal=True) == HopperTile(64, 2, 128)
+    assert len(used()) == 9  # each for bf16 and fp16: 18 kernels
 
 
 # --- a step --------------------------------------------------------------------------------------
