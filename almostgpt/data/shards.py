@@ -32,22 +32,31 @@ Piece = tuple[int, int, int]  # (place where it goes, position in the run, numbe
 OPEN_AT_MOST = 256  # maps of a TokenRun: each holds a file open, of which 1024 is the usual limit
 
 
+def format_of(dtype: np.dtype) -> tuple[int, int]:
+    """(magic, version) of the shards that we write of such tokens: the first that there is."""
+    return next(key for key, kind in DTYPES.items() if kind == np.dtype(dtype).newbyteorder("<"))
+
+
+def header_of(format: tuple[int, int], count: int) -> bytes:
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = *format, count
+    return header.tobytes()
+
+
 def write_shard(path: str | Path, tokens: np.ndarray) -> str:
     """Writes ``tokens`` (uint16 or uint32, shape (n,)) to ``path``, whole or not at all.
 
     Returns the SHA-256 of the file in hexadecimal. Raises ``OSError`` as the file system does.
     """
-    versions = {np.dtype(np.uint16): 1, np.dtype(np.uint32): 2}
-    version = versions[tokens.dtype.newbyteorder("=")]
+    format = format_of(tokens.dtype)
     if len(tokens) > MAX_TOKENS:
         raise UserError(f"{path}: a shard holds at most {MAX_TOKENS} tokens, not {len(tokens)}")
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = MAGIC, version, len(tokens)
-    digest = hashlib.sha256(header.tobytes())
+    header = header_of(format, len(tokens))
+    digest = hashlib.sha256(header)
     with replacing(Path(path)) as file:
-        file.write(header.tobytes())
+        file.write(header)
         for start in range(0, len(tokens), CHUNK):
-            piece = tokens[start : start + CHUNK].astype(DTYPES[MAGIC, version]).tobytes()
+            piece = tokens[start : start + CHUNK].astype(DTYPES[format]).tobytes()
             digest.update(piece)
             file.write(piece)
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from almostgpt.data.shards import DTYPES, HEADER_BYTES, HEADER_INTS
+from almostgpt.data.shards import DTYPES, HEADER_BYTES, format_of, header_of
 from almostgpt.errors import UserError
 from almostgpt.files import CHUNK, sha256_of
 
@@ -23,8 +23,7 @@ class RunWriter:
 
     def __init__(self, folder: Path, name: str, shard_tokens: int, dtype: np.dtype):
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        # Of the formats with such tokens ours comes first.
-        self.format = next(key for key, kind in DTYPES.items() if kind == np.dtype(dtype))
+        self.format = format_of(dtype)
         self.dtype = DTYPES[self.format]
         self.shards: list[dict[str, Any]] = []  # tokens and sha256 of the finished ones
         self._open = None  # the file of the one that is being written
@@ -46,7 +45,7 @@ class RunWriter:
             if self._open is None:
                 self._open = open(self.file(len(self.shards)), "wb")
                 # Nearly every shard will be full: only the last one's count is written again.
-                self._open.write(_header(self.format, self.shard_tokens))
+                self._open.write(header_of(self.format, self.shard_tokens))
             part = tokens[: self.shard_tokens - self._length]
             self._open.write(part.view(np.uint8))
             self._length += len(part)
@@ -58,7 +57,7 @@ class RunWriter:
         """Completes the last shard."""
         if self._length:
             self._open.seek(0)
-            self._open.write(_header(self.format, self._length))
+            self._open.write(header_of(self.format, self._length))
             self._finish_shard()
 
     def _finish_shard(self) -> None:
@@ -117,9 +116,3 @@ class RunWriter:
             at = self._bytes(offset)
             yield np.fromfile(self.file(number), self.dtype, size, offset=at)
             start += size
-
-
-def _header(format: tuple[int, int], count: int) -> bytes:
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = *format, count
-    return header.tobytes()
