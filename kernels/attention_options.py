@@ -62,6 +62,31 @@ def refuse_scores(scale: float | None, softcap: float) -> str | None:
     return None
 
 
+def refuse_tma(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why TMA cannot bring what is read in place of (B, H, T, D) tensors, or None."""
+    if k.shape[2] == 0:
+        return "there are no keys for TMA to bring"
+    # A D that is no multiple of 8 is padded, and so copied.
+    if q.shape[3] % 8 == 0 and any(_repeats(t) and _is_read_in_place(t) for t in (q, k, v)):
+        return "TMA takes no expanded tensors, which have a stride of 0"
+    return None
+
+
+def _repeats(heads: Tensor) -> bool:
+    return any(heads.shape[d] > 1 and heads.stride(d) == 0 for d in range(3))
+
+
+def _is_read_in_place(heads: Tensor) -> bool:
+    """As ``readable`` in csrc/torch/heads.h has it: what is not is copied first."""
+    *strides, inner = heads.stride()
+    aligned = heads.storage_offset() * heads.element_size() % 16 == 0
+    return (
+        (aligned and (inner == 1 or heads.shape[3] == 1))
+        and all(n == 1 or step % 8 == 0 for n, step in zip(heads.shape, strides, strict=False))
+        and (heads.shape[2] == 1 or strides[2] < 2**23)
+    )
+
+
 def empty_heads_like(x: Tensor) -> Tensor:
     """(B, H, T, D) as x, but (B, T, H, D) in memory: what comes next reads a token's heads as one."""
     B, H, T, D = x.shape

@@ -42,6 +42,7 @@ from almostgpt.kernels.attention_options import (
     empty_heads_like,
     refuse_heads,
     refuse_scores,
+    refuse_tma,
 )
 from almostgpt.kernels.autocast import in_autocast_dtype
 from almostgpt.kernels.csrc import csrc_kernels, define
@@ -368,26 +369,7 @@ def _refuse_hopper(card, q, k, v, **options) -> str | None:
     """What ``is_for_hopper`` in csrc/attention/forward.cuh says of the tensors that arrive there."""
     if why := _refuse_card(card, q, k, v, **options):
         return why
-    if k.shape[2] == 0:
-        return "there are no keys for TMA to bring"
-    if q.shape[3] % 8 == 0 and any(_is_read_in_place(t) and _repeats(t) for t in (q, k, v)):
-        return "TMA takes no expanded tensors, which have a stride of 0"
-    return None
-
-
-def _is_read_in_place(heads: Tensor) -> bool:
-    """As ``readable`` in csrc/torch/heads.h has it: what is not is copied first."""
-    *strides, inner = heads.stride()
-    aligned = heads.storage_offset() * heads.element_size() % 16 == 0
-    return (
-        (aligned and (inner == 1 or heads.shape[3] == 1))
-        and all(n == 1 or step % 8 == 0 for n, step in zip(heads.shape, strides, strict=False))
-        and (heads.shape[2] == 1 or strides[2] < 2**23)
-    )
-
-
-def _repeats(heads: Tensor) -> bool:
-    return any(heads.shape[d] > 1 and heads.stride(d) == 0 for d in range(3))
+    return refuse_tma(q, k, v)
 
 
 # Both run the same ops, which choose by the card and the tensors as it is said here. Hopper has a

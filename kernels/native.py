@@ -112,10 +112,15 @@ def refuse(capability: tuple[int, int]) -> str | None:
 @torch.compiler.assume_constant_result
 def refuse_own_code(capability: tuple[int, int]) -> str | None:
     """Why the library has no code in a card's own instructions (``90a`` for Hopper), or None."""
+    return _refuse_own_code(NATIVE.archs, capability)
+
+
+@functools.cache  # asked at every call of an op, as ``serves``
+def _refuse_own_code(archs: tuple[str, ...], capability: tuple[int, int]) -> str | None:
     own = f"{capability[0]}{capability[1]}a"
-    if any(arch.removesuffix("-real") in (own, f"{own}-virtual") for arch in NATIVE.archs):
+    if any(arch.startswith(own) for arch in archs):
         return None
-    return f"the native library was built for {';'.join(NATIVE.archs)}, without {own}"
+    return f"the native library was built for {';'.join(archs)}, without {own}"
 
 
 NATIVE = load(Path(almostgpt.__path__[0]) / "_C.so")

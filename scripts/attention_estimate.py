@@ -17,21 +17,14 @@ slot, no other arithmetic, no start or end of a block. Nothing in it is measured
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
-PAGE = ROOT / "docs" / "attention.md"
+import check_kernels
+from attention_page import CSRC, PAGE, page_main, run_with_tiles, table
+
 KIB = 1024
 
 HEAD_DIMS = (64, 128, 256)
@@ -137,18 +130,6 @@ class Tile:
             f"BackwardTile<{self.head_dim}, {self.keys}, {self.queries}, {self.stages}, "
             f"{self.warps}, {self.depth_parts}>"
         )
-
-
-def run_with_tiles(program: str) -> str:
-    """What a C++ program prints that includes tiles.h."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise FileNotFoundError("no g++ to read csrc/attention/tiles.h with")
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder) / "tiles.cpp", Path(folder) / "tiles"
-        source.write_text(program)
-        subprocess.run([compiler, "-std=c++17", "-I", CSRC, source, "-o", binary], check=True)
-        return subprocess.run([binary], check=True, capture_output=True, text=True).stdout
 
 
 @cache
@@ -303,24 +284,10 @@ def resident(tile: Tile, shared: int, registers: int = 255) -> int:
 # --- machine code --------------------------------------------------------------------------------
 
 
-def check_kernels():
-    """The script of that name, as a module."""
-    if module := sys.modules.get("check_kernels"):
-        return module
-    spec = importlib.util.spec_from_file_location(
-        "check_kernels", Path(__file__).with_name("check_kernels.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_kernels"] = module  # where its dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
 @cache
 def compiled(archs: tuple[str, ...] = ("80", "90a")) -> list:
     """A Report of check_kernels.py for each file of main kernels and architecture."""
-    check = check_kernels()
-    tools = check.find_tools("nvcc")
+    tools = check_kernels.find_tools("nvcc")
     if isinstance(tools, str):
         raise FileNotFoundError(tools)
     sources = [
@@ -331,19 +298,13 @@ def compiled(archs: tuple[str, ...] = ("80", "90a")) -> list:
     with ThreadPoolExecutor(2) as pool:
         return list(
             pool.map(
-                lambda work: check.compile_one(tools, *work),
+                lambda work: check_kernels.compile_one(tools, *work),
                 [(source, arch) for source in sources for arch in archs],
             )
         )
 
 
 # --- the page ------------------------------------------------------------------------------------
-
-
-def table(head: str, rows: list[tuple]) -> str:
-    columns = len(re.findall(r"(?<!\\)\|", head)) + 1  # a bar that is escaped is text
-    lines = [f"| {head} |", "|---" * columns + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
 def used() -> dict[Tile, list[int]]:
@@ -447,42 +408,11 @@ FAST = {
     "ceilings": ceiling_table,
 }
 SLOW = {"code": code_table}
-
-
-def with_tables(text: str, makers: dict, script: str = "attention_estimate.py") -> str:
-    """The page with the tables between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` made anew."""
-    for name, make in makers.items():
-        begin, end = f"<!-- {name}: scripts/{script} -->\n", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"the page has no place for the table {name!r}")
-        text = f"{before}{begin}{make()}\n{end}{after}"
-    return text
-
-
-def update_page(page: Path, makers: dict, script: str, only_check: bool) -> int:
-    """Write the page with its tables made anew, or say whether it is stale; the exit status."""
-    old = page.read_text(encoding="utf-8")
-    new = with_tables(old, makers, script)
-    if not only_check:
-        page.write_text(new, encoding="utf-8")
-        return 0
-    if new == old:
-        return 0
-    print(f"{page} is stale: run python scripts/{script}", file=sys.stderr)
-    return 1
+SCRIPT = "attention_estimate.py"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
-    parser.add_argument("--compile", action="store_true", help="the table of nvcc's code too")
-    options = parser.parse_args(arguments)
-    makers = {**FAST, **(SLOW if options.compile else {})}
-    return update_page(PAGE, makers, "attention_estimate.py", options.check)
+    return page_main(arguments, __doc__, PAGE, FAST, SLOW, SCRIPT)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ that depends on how far the tensor cores' queue reaches, which is not documented
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import cache
 
-from attention_estimate import HEAD_DIMS, KIB, PAGE, SHARED_BYTES_A_CLOCK, table, update_page
+from attention_estimate import HEAD_DIMS, KIB, SHARED_BYTES_A_CLOCK
+from attention_page import PAGE, page_main, table
 from hopper_tile import (
     FMAS_A_CLOCK,
     LENGTHS,
@@ -289,14 +289,7 @@ SCRIPT = "attention_model_sm90.py"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is stale")
-    parser.add_argument("--compile", action="store_true", help="the table of nvcc's code too")
-    options = parser.parse_args(arguments)
-    makers = {**FAST, **(SLOW if options.compile else {})}
-    return update_page(PAGE, makers, SCRIPT, options.check)
+    return page_main(arguments, __doc__, PAGE, FAST, SLOW, SCRIPT)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import sys
 from dataclasses import dataclass
 
 import hopper_code
-from attention_estimate import CSRC, HEAD_DIMS, KIB
+from attention_estimate import HEAD_DIMS, KIB
 from attention_model_sm90 import predict, step
+from attention_page import CSRC
 from hopper_tile import MOST_SHARED, HopperTile, score_of, used
 
 CONSUMERS, KEYS, STAGES = (1, 2, 3), range(16, 257, 16), (2, 3, 4)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from attention_estimate import EXP2_A_CLOCK, KIB, SHARED_BYTES_A_CLOCK, run_with_tiles
+from attention_estimate import EXP2_A_CLOCK, KIB, SHARED_BYTES_A_CLOCK
+from attention_page import run_with_tiles
 
 FMAS_A_CLOCK = 2048  # dense 16-bit multiply-adds of wgmma, a multiprocessor's
 MOST_SHARED = 227 * KIB

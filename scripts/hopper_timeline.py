@@ -14,8 +14,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from attention_estimate import ROOT
 from attention_model_sm90 import FETCH_BYTES_A_CLOCK, HAND_OVER, LATENCY_IN_A_STEP
+from attention_page import ROOT
 from hopper_tile import HopperTile
 
 PICTURE = ROOT / "docs" / "images" / "hopper_pipeline.svg"

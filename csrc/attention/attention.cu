@@ -29,6 +29,12 @@ int plan_backward(const AttentionShape& shape, bool deterministic, const Card& c
   });
 }
 
+int forward_mma(const AttentionInputs& inputs, Heads out, float* lse, const Card& card, void* stream) {
+  return with_width(inputs.shape.head_dim, [&](auto width) {
+    return attention_forward_sm80<width()>(inputs, out, lse, card, stream);
+  });
+}
+
 }  // namespace
 
 int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void* stream) {
@@ -42,15 +48,13 @@ int attention_forward(const AttentionInputs& inputs, Heads out, float* lse, void
     if (result != kNoMap) return result;
   }
 #endif
-  return attention_forward_mma(inputs, out, lse, stream);
+  return forward_mma(inputs, out, lse, card, stream);
 }
 
 int attention_forward_mma(const AttentionInputs& inputs, Heads out, float* lse, void* stream) {
   Card card;
   if (const int error = current_card(card)) return error;
-  return with_width(inputs.shape.head_dim, [&](auto width) {
-    return attention_forward_sm80<width()>(inputs, out, lse, card, stream);
-  });
+  return forward_mma(inputs, out, lse, card, stream);
 }
 
 int attention_workspace(const AttentionInputs& inputs, bool deterministic, AttentionWorkspace* sizes) {

@@ -25,6 +25,9 @@ struct HopperForwardShared {
   Ring<Tile::stages, Tile::key_bytes> keys, values;
   shared_addr out;    // a tile like the queries', or their own
   shared_addr tiles;  // a Range: which tiles of keys come for the queries that are there
+  // As tiles.h, which knows no rings, has counted.
+  static_assert(Tile::barrier_bytes >=
+                decltype(queries)::barrier_bytes + 2 * decltype(keys)::barrier_bytes + sizeof(Range));
 
   DEVICE HopperForwardShared() {
     shared_addr next = shared_base();

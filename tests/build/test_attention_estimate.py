@@ -1,28 +1,22 @@
 """The attention kernels by counting (scripts/attention_estimate.py), and the page that is made of it."""
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import attention_estimate as estimate
 import pytest
 import torch
+from attention_page import with_tables
 
 from almostgpt import kernels
 from almostgpt.kernels import emulator
 
 ROOT = Path(__file__).parents[2]
-_SPEC = importlib.util.spec_from_file_location(
-    "attention_estimate", ROOT / "scripts" / "attention_estimate.py"
-)
-estimate = importlib.util.module_from_spec(_SPEC)
-sys.modules["attention_estimate"] = estimate  # where its dataclasses look up their annotations
-_SPEC.loader.exec_module(estimate)
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("c++")), reason="no g++ to read tiles.h with"
@@ -164,7 +158,7 @@ def test_the_page_has_the_registers_that_this_compiler_uses():
     if (written := re.search(r"nvcc (\d+\.\d+), ", PAGE)[1]) not in version:
         pytest.skip(f"the page was written with nvcc {written}")
     again = "run python scripts/attention_estimate.py --compile"
-    assert estimate.with_tables(PAGE, estimate.SLOW) == PAGE, again
+    assert with_tables(PAGE, estimate.SLOW, estimate.SCRIPT) == PAGE, again
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import attention_model_sm90 as model
 import check_kernels
 import hopper_code
 import pytest
-from attention_estimate import with_tables
+from attention_page import with_tables
 from hopper_tile import HopperTile, chosen, score_of, tile_for, used
 
 ROOT = Path(__file__).parents[2]
